@@ -1,0 +1,112 @@
+"""The arguments of the command, and its help."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from asyncload import __version__
+
+__all__ = ["make_parser"]
+
+_EXAMPLES = """\
+examples:
+  asyncload inspect model.gguf                     what is in a model: types, layers, sizes
+  asyncload inspect model.gguf --tensors           and every tensor
+  asyncload inspect model.gguf --json | jq .types  the same for programs
+  asyncload load model.gguf                        load into the first GPU, or into host memory where there is none
+  asyncload load model.gguf --device host --dtype bf16
+  asyncload load model.gguf --select 0 --select 'token_embd.*'
+
+environment:
+  ASYNCLOAD_CHUNK_SIZE=64MiB, ASYNCLOAD_STAGING, ASYNCLOAD_THREADS, ASYNCLOAD_STREAMS and their like set the options
+  of the same names.
+
+exit codes: 0 done, 1 failed (one line on stderr says why), 2 arguments that make no sense, 130 interrupted.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Builds the parser; the parsed arguments carry the function to call as ``command``."""
+    parser = argparse.ArgumentParser(
+        prog="asyncload",
+        description="Looks into GGUF models and loads them into GPU memory.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"asyncload {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _inspect_arguments(
+        commands.add_parser(
+            "inspect",
+            help="show what is in a model without reading its tensors",
+            description="Shows a model's header: sizes, types, layers. Reads no tensor data.",
+        )
+    )
+    _load_arguments(
+        commands.add_parser(
+            "load",
+            help="load a model and say how that went",
+            description="Loads a model, shows progress, and sums up: bytes, seconds by stage, GB/s, the bottleneck.",
+        )
+    )
+    return parser
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--metadata", action="store_true", help="list the metadata, with --json arrays in full")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, tensors and metadata included")
+    parser.set_defaults(command=_inspect)
+
+
+def _load_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
+    parser.add_argument("--device", metavar="NAME", help="host, cuda or cuda:N (default: the first GPU, else host)")
+    parser.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        action="append",
+        type=_dtype,
+        help="packed (default), bf16, f16 or f32; or PATTERN=DTYPE for the tensors that match, once for each pattern",
+    )
+    parser.add_argument(
+        "--select",
+        metavar="WHAT",
+        action="append",
+        type=lambda text: int(text) if re.fullmatch("[0-9]+", text) else text,
+        help="load only these: a tensor's name, a glob or a layer's number; may be given more than once",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument(
+        "--no-progress", action="store_true", help="no progress bar (none either where stderr is no terminal)"
+    )
+    parser.set_defaults(command=_load)
+
+
+def _dtype(text: str) -> tuple[str | None, str]:
+    """A dtype, with the pattern that it is for, if any; the loader judges both."""
+    pattern, equals, dtype = text.rpartition("=")
+    if equals and not (pattern and dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither DTYPE nor PATTERN=DTYPE")
+    return (pattern if equals else None, dtype)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from asyncload.cli._inspect import inspect
+
+    inspect(arguments.file, tensors=arguments.tensors, metadata=arguments.metadata, as_json=arguments.json)
+
+
+def _load(arguments: argparse.Namespace) -> None:
+    from asyncload.cli._load import load
+
+    load(
+        arguments.file,
+        device=arguments.device,
+        dtypes=arguments.dtype or [],
+        select=arguments.select,
+        as_json=arguments.json,
+        progress=not arguments.no_progress,
+    )

@@ -1,0 +1,62 @@
+"""Where bytes go: the contract of a device, and the door to its backends.
+
+Every method of a device may block (any driver call can wait behind another thread's allocation), so none is ever
+called on an event loop's thread.
+"""
+
+from __future__ import annotations
+
+from asyncload.device._contract import (
+    Device,
+    DeviceInfo,
+    DeviceMemory,
+    Event,
+    MemoryInfo,
+    StagingMemory,
+    Stream,
+    check_download,
+    check_upload,
+)
+from asyncload.device._host import HostDevice
+from asyncload.errors import DeviceNotFoundError
+
+__all__ = [
+    "Device",
+    "DeviceInfo",
+    "DeviceMemory",
+    "Event",
+    "HostDevice",
+    "MemoryInfo",
+    "StagingMemory",
+    "Stream",
+    "check_download",
+    "check_upload",
+    "default_device",
+    "open_device",
+]
+
+
+def default_device() -> str:
+    """The name of the device used where none is named: ``"cuda:0"`` where a CUDA device can be used, else ``"host"``.
+
+    Blocks on the driver when it is first asked.
+    """
+    from asyncload.device._cuda import cuda_device_count
+
+    return "cuda:0" if cuda_device_count() > 0 else "host"
+
+
+def open_device(name: str) -> Device:
+    """Opens a device by name: ``"cuda"``, ``"cuda:N"`` or ``"host"``.
+
+    Blocks. Raises ``DeviceNotFoundError`` for a name or number that does not exist here, and
+    ``BackendUnavailableError`` where the packages or the driver are missing.
+    """
+    if name == "host":
+        return HostDevice()
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and (index.isdecimal() or name == "cuda"):
+        from asyncload.device._cuda import CudaDevice
+
+        return CudaDevice(int(index or 0))
+    raise DeviceNotFoundError(f"no device is called {name!r}: use 'cuda', 'cuda:N' or 'host'", device=name)

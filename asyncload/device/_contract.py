@@ -1,0 +1,199 @@
+"""The contract of a device, that every backend keeps.
+
+Every method here may block (any driver call can wait behind another thread's allocation), so none is ever called on
+an event loop's thread. A thread that uses streams calls ``Device.attach`` first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from asyncload.errors import RangeError
+
+__all__ = [
+    "Device",
+    "DeviceInfo",
+    "DeviceMemory",
+    "Event",
+    "MemoryInfo",
+    "StagingMemory",
+    "Stream",
+    "check_download",
+    "check_upload",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """What a device is: its ``name`` as the caller writes it, its make, and its memory in bytes."""
+
+    name: str
+    kind: Literal["cuda", "host"]
+    index: int
+    model: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """A device's free and total memory in bytes, as its driver tells them."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A range of a device's memory: ``address`` (0 when empty) and ``nbytes``; it owns nothing."""
+
+    address: int
+    nbytes: int
+
+
+@runtime_checkable
+class StagingMemory(Protocol):
+    """Host memory that the device copies from fastest: a writable ``view`` of ``nbytes`` bytes at ``address``."""
+
+    @property
+    def view(self) -> memoryview: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Says that nobody needs the bytes of a range any more and that no copy still reads them.
+
+        Costs nothing on a real device; one for tests may check the claim and overwrite the bytes.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives the memory back, once; the caller has seen to it that no copy still reads it.
+
+        Its pages stay mapped until the last slice of ``view`` is gone.
+        """
+        ...
+
+
+@runtime_checkable
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def done(self) -> bool:
+        """Whether all work before it has ended, without waiting. Raises ``DeviceError`` if that work failed."""
+        ...
+
+    def synchronize(self) -> None:
+        """Sleeps (never spins) until all work before it has ended. Raises ``DeviceError`` if that work failed."""
+        ...
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An ordered queue of work on a device; its methods enqueue and do not wait for the work."""
+
+    def upload(
+        self, target: DeviceMemory, target_offset: int, staging: StagingMemory, staging_offset: int, nbytes: int
+    ) -> None:
+        """Enqueues a copy of ``nbytes`` bytes from staging memory into device memory.
+
+        The caller keeps both alive, and the staging bytes unchanged, until an event recorded after this has
+        passed. Raises ``RangeError`` before anything moves if either range is left, ``CopyError`` if the driver
+        refuses.
+        """
+        ...
+
+    def record(self) -> Event:
+        """Records and returns a new event after all work enqueued so far."""
+        ...
+
+    def close(self) -> None:
+        """Waits for the stream's work and ends it; further calls do nothing."""
+        ...
+
+
+@runtime_checkable
+class Device(Protocol):
+    """A place with memory of its own and streams that copy into it; all methods may be called on any thread."""
+
+    @property
+    def info(self) -> DeviceInfo: ...
+
+    def attach(self) -> None:
+        """Makes this device the current one of the calling thread; cheap when it already is.
+
+        The thread that opened the device is attached; any other attaches before it uses a stream.
+        """
+        ...
+
+    def allocate(self, nbytes: int) -> DeviceMemory:
+        """Allocates ``nbytes`` (zero gives address 0), aligned to 256 bytes.
+
+        Raises ``OutOfDeviceMemoryError`` (with an empty breakdown: the tracker fills it in).
+        """
+        ...
+
+    def free(self, memory: DeviceMemory) -> None:
+        """Gives back what ``allocate`` returned; raises ``DeviceError`` for anything else.
+
+        The caller has seen to it that no enqueued work still uses it.
+        """
+        ...
+
+    def staging(self, nbytes: int) -> StagingMemory:
+        """Allocates staging memory, touched and, where the device has that, registered (pinned).
+
+        Raises ``DeviceError`` where the host has not enough memory for it.
+        """
+        ...
+
+    def stream(self) -> Stream:
+        """Opens a new stream, independent of all others."""
+        ...
+
+    def barrier(self) -> Event:
+        """An event that passes once all work that anyone in this process has enqueued on the device so far has ended.
+
+        "Anyone" includes other libraries' streams. It says that the work has ended, not how.
+        """
+        ...
+
+    def download(self, memory: DeviceMemory, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from device memory and waits for it; for checks and tests, not for speed.
+
+        It is ordered after nothing: the caller has waited for the work that wrote the memory. Raises ``RangeError``
+        if the range is left.
+        """
+        ...
+
+    def memory(self) -> MemoryInfo:
+        """The device's free and total memory now."""
+        ...
+
+    def close(self) -> None:
+        """Ends the backend's own threads; memory already allocated stays valid and can still be freed."""
+        ...
+
+
+def check_upload(
+    target: DeviceMemory, target_offset: int, staging: StagingMemory, staging_offset: int, nbytes: int
+) -> None:
+    """Raises ``RangeError`` unless both ranges of a copy lie inside their memory."""
+    _check_range("target", target_offset, nbytes, target.nbytes)
+    _check_range("staging", staging_offset, nbytes, staging.nbytes)
+
+
+def check_download(memory: DeviceMemory, offset: int, nbytes: int) -> None:
+    """Raises ``RangeError`` unless a range of ``nbytes`` bytes lies inside the memory."""
+    _check_range("source", offset, nbytes, memory.nbytes)
+
+
+def _check_range(what: str, offset: int, nbytes: int, limit: int) -> None:
+    if offset < 0 or nbytes < 0 or offset + nbytes > limit:
+        raise RangeError(
+            f"a copy of {nbytes} bytes at {offset} leaves its {what} of {limit} bytes",
+            offset=offset,
+            nbytes=nbytes,
+            limit=limit,
+        )

@@ -1,0 +1,361 @@
+"""CUDA devices, on ``cuda.core``: its devices, contexts, streams and events.
+
+``cuda.bindings`` stands in for what ``cuda.core`` has not:
+
+- Memory that goes back to the driver when it is freed. ``cuda.core``'s default memory resource is a pool that keeps
+  what is freed (8 GB stayed with it in a test on an H200), so that nobody else could use it and the driver's figures
+  could not be held against ours. cuMemAlloc takes 13 ms for 300 x 27 MiB there, and cuMemFree gives back at once.
+- Copies between parts of buffers: a ``Buffer`` is copied as a whole, and one made for each of a chunk's hundred small
+  tensors would cost more than the copy.
+- Registering memory, and an event in all work of a context.
+
+Both release the interpreter lock in the driver (``cuda.bindings`` from 12.9.1 on).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from asyncload.device._contract import (
+    DeviceInfo,
+    DeviceMemory,
+    MemoryInfo,
+    StagingMemory,
+    check_download,
+    check_upload,
+)
+from asyncload.device._pages import Pages
+from asyncload.errors import (
+    BackendUnavailableError,
+    CopyError,
+    DeviceError,
+    DeviceNotFoundError,
+    OutOfDeviceMemoryError,
+)
+
+__all__ = ["CudaDevice", "CudaEvent", "CudaStaging", "CudaStream", "cuda_device_count"]
+
+_OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+# What cuCtxRecordEvent (new in CUDA 12.5) answers where there is no such thing.
+_NO_CONTEXT_EVENTS = frozenset({"CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_FOUND", "CUDA_ERROR_STUB_LIBRARY"})
+
+
+def cuda_device_count() -> int:
+    """The number of CUDA devices that this process can use; 0 where packages or driver are missing. Never raises."""
+    try:
+        return _count(_load("cuda.bindings.driver"))
+    except Exception:  # noqa: BLE001 - whatever is broken, it is no device that can be used
+        return 0
+
+
+def _load(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"CUDA needs the packages of the extra 'cuda12' or 'cuda13' (pip install 'asyncload[cuda13]'): {error}",
+            device="cuda",
+        ) from error
+
+
+def _count(driver: Any) -> int:
+    """Starts the driver and counts its devices."""
+    try:
+        (code,) = driver.cuInit(0)
+        if code.name == "CUDA_ERROR_NO_DEVICE":  # also with CUDA_VISIBLE_DEVICES set to nothing
+            return 0
+        code, count = driver.cuDeviceGetCount() if int(code) == 0 else (code, 0)
+    except RuntimeError as error:  # the bindings found no libcuda
+        raise BackendUnavailableError(f"there is no CUDA driver: {error}", device="cuda") from error
+    if int(code) != 0:
+        raise BackendUnavailableError(f"the CUDA driver does not start: {code.name}", device="cuda", code=code.name)
+    return int(count)
+
+
+@contextmanager
+def _mapping_errors(device: str, what: str, error: type[DeviceError] = DeviceError) -> Generator[None]:
+    """Turns whatever ``cuda.core`` raises into an error of ours."""
+    try:
+        yield
+    except DeviceError:
+        raise
+    except Exception as failure:
+        name = str(failure).partition(":")[0]
+        code = name if name.startswith("CUDA_ERROR_") else None
+        raise error(f"{device}: {what}: {failure}", device=device, code=code) from failure
+
+
+class CudaEvent:
+    """An event that its waiters sleep on."""
+
+    __slots__ = ("_device", "_error", "_event")
+
+    def __init__(self, device: str, event: Any, error: type[DeviceError]) -> None:
+        self._device = device
+        self._event = event
+        self._error = error
+
+    def done(self) -> bool:
+        """Asks the driver."""
+        with _mapping_errors(self._device, "work on the device failed", self._error):
+            return bool(self._event.is_done)
+
+    def synchronize(self) -> None:
+        """Sleeps in the driver: the event was made with blocking synchronization."""
+        with _mapping_errors(self._device, "work on the device failed", self._error):
+            self._event.sync()
+
+
+class CudaStaging:
+    """Pages of our own, registered with the driver."""
+
+    def __init__(self, device: CudaDevice, pages: Pages) -> None:
+        self._device = device
+        self._pages: Pages | None = pages
+        self._lock = threading.Lock()
+        self.view = pages.view
+        self.address = pages.address
+        self.nbytes = pages.nbytes
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Unregisters the memory, then unmaps it."""
+        with self._lock:
+            pages, self._pages = self._pages, None
+        if pages is not None:
+            try:
+                self._device.unregister(pages)
+            finally:
+                pages.close()
+
+
+class CudaStream:
+    """A stream that does not wait for the legacy default stream, nor it for this one."""
+
+    def __init__(self, device: CudaDevice, stream: Any, event_options: Any) -> None:
+        self._device = device
+        self._stream = stream
+        self._event_options = event_options
+        self._lock = threading.Lock()
+        self._open = True
+        self.handle: Any = stream.handle  #: the ``CUstream``
+        self._copy = device.driver.cuMemcpyHtoDAsync
+
+    def upload(
+        self, target: DeviceMemory, target_offset: int, staging: StagingMemory, staging_offset: int, nbytes: int
+    ) -> None:
+        """Enqueues a copy with the driver."""
+        check_upload(target, target_offset, staging, staging_offset, nbytes)
+        if nbytes:
+            (code,) = self._copy(
+                target.address + target_offset, staging.address + staging_offset, nbytes, self._usable_handle()
+            )
+            if int(code) != 0:
+                name = self._device.info.name
+                raise CopyError(f"{name}: a copy of {nbytes} bytes: {code.name}", device=name, code=code.name)
+
+    def download(self, target: int, source: int, nbytes: int) -> None:
+        """Enqueues a copy of ``nbytes`` bytes from the device to a host address."""
+        self._device.check(
+            "a copy to the host", self._device.driver.cuMemcpyDtoHAsync(target, source, nbytes, self._usable_handle())
+        )
+
+    def record(self) -> CudaEvent:
+        """Records an event; a failure of the device's work shows in it as ``CopyError``."""
+        self._usable_handle()
+        name = self._device.info.name
+        with _mapping_errors(name, "an event could not be recorded"):
+            return CudaEvent(name, self._stream.record(options=self._event_options), CopyError)
+
+    def close(self) -> None:
+        """Sleeps until the work has ended and gives the stream back."""
+        with self._lock:
+            if not self._open:
+                return
+            self._device.attach()
+            try:
+                self.record().synchronize()
+            finally:
+                self._open = False
+                with _mapping_errors(self._device.info.name, "a stream could not be closed"):
+                    self._stream.close()
+
+    def _usable_handle(self) -> Any:
+        if not self._open:  # the driver would take the handle of a stream that is gone for whatever has it now
+            name = self._device.info.name
+            raise DeviceError(f"{name}: the stream is closed", device=name)
+        return self.handle
+
+
+class CudaDevice:
+    """The CUDA device of number ``index``, in its primary context, which torch and CuPy use too.
+
+    Raises ``BackendUnavailableError`` where packages or driver are missing, ``DeviceNotFoundError`` where there is no
+    such device. Its methods make it the calling thread's current device; those of its streams and events rely on
+    ``attach``.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        name = f"cuda:{index}"
+        self.driver = _load("cuda.bindings.driver")
+        core = _load("cuda.core")
+        count = _count(self.driver)
+        if not 0 <= index < count:
+            raise DeviceNotFoundError(f"there is no {name}: CUDA shows {count} devices", device=name)
+        self._core = core
+        self._index = index
+        self._name = name
+        self._thread = threading.local()
+        self._context: Any = None
+        self._lock = threading.Lock()
+        self._allocated: dict[int, int] = {}
+        with _mapping_errors(name, "the device could not be opened"):
+            model = str(core.Device(index).name)
+            # Without timing, which would make recording dearer; waiting threads sleep.
+            self._event_options = core.EventOptions(blocking_sync=True)
+            core.Device(index).set_current()
+        self._context = self.check("the current context", self.driver.cuCtxGetCurrent())
+        total = self.memory().total
+        self._info = DeviceInfo(name=name, kind="cuda", index=index, model=model, total_bytes=total)
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What it is."""
+        return self._info
+
+    def check(self, what: str, result: tuple[Any, ...]) -> Any:
+        """The value, or the values, of a driver call; raises ``DeviceError`` with the driver's code if it failed."""
+        code, *values = result
+        if int(code) != 0:
+            raise DeviceError(f"{self._name}: {what}: {code.name}", device=self._name, code=code.name)
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def attach(self) -> None:
+        """Makes the primary context current, unless it is."""
+        self._attached()
+
+    def _attached(self) -> Any:
+        """The calling thread's ``cuda.core`` device, made current: these are one for each thread."""
+        device = getattr(self._thread, "device", None)
+        if device is None or self.check("the current context", self.driver.cuCtxGetCurrent()) != self._context:
+            with _mapping_errors(self._name, "the device could not be made current"):
+                device = self._core.Device(self._index)
+                device.set_current()
+            self._thread.device = device
+        return device
+
+    # Memory
+
+    def allocate(self, nbytes: int) -> DeviceMemory:
+        """Allocates with cuMemAlloc, which aligns to 256 bytes or more."""
+        if nbytes == 0:
+            return DeviceMemory(0, 0)
+        self.attach()
+        code, pointer = self.driver.cuMemAlloc(nbytes)
+        if code.name == _OUT_OF_MEMORY:
+            free = self.memory().free
+            raise OutOfDeviceMemoryError(
+                f"{self._name}: {nbytes} bytes needed, {free} free",
+                device=self._name,
+                needed=nbytes,
+                available=free,
+                breakdown={},
+                code=code.name,
+            )
+        memory = DeviceMemory(int(self.check(f"allocating {nbytes} bytes", (code, pointer))), nbytes)
+        with self._lock:
+            self._allocated[memory.address] = nbytes
+        return memory
+
+    def free(self, memory: DeviceMemory) -> None:
+        """Frees with cuMemFree, which gives the memory back to the driver at once."""
+        if memory == DeviceMemory(0, 0):
+            return
+        self.attach()
+        with self._lock:
+            if self._allocated.get(memory.address) != memory.nbytes:
+                raise DeviceError(f"{self._name}: {memory} is not allocated", device=self._name)
+            del self._allocated[memory.address]
+        try:
+            self.check(f"freeing {memory}", self.driver.cuMemFree(memory.address))
+        except DeviceError:
+            with self._lock:
+                self._allocated[memory.address] = memory.nbytes
+            raise
+
+    def staging(self, nbytes: int) -> CudaStaging:
+        """Maps, touches and then registers memory: 40 GB/s where cudaHostAlloc makes 3 (on an H200's host)."""
+        try:
+            pages = Pages(nbytes)
+        except MemoryError as error:
+            raise DeviceError(f"{self._name}: no staging memory: {error}", device=self._name) from error
+        if nbytes:
+            self.attach()
+            try:
+                pages.touch()
+                self.check(f"pinning {nbytes} bytes", self.driver.cuMemHostRegister(pages.address, nbytes, 0))
+            except BaseException:
+                pages.close()
+                raise
+        return CudaStaging(self, pages)
+
+    def unregister(self, pages: Pages) -> None:
+        """Undoes the registration of staging memory."""
+        if pages.nbytes:
+            self.attach()
+            self.check("unpinning staging memory", self.driver.cuMemHostUnregister(pages.address))
+
+    def download(self, memory: DeviceMemory, offset: int, buffer: memoryview) -> None:
+        """Copies on a stream of its own and sleeps until that has ended."""
+        check_download(memory, offset, buffer.nbytes)
+        if buffer.nbytes:
+            stream = self.stream()
+            try:
+                target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+                stream.download(target, memory.address + offset, buffer.nbytes)
+            finally:
+                stream.close()
+
+    def memory(self) -> MemoryInfo:
+        """Asks the driver; other processes' memory counts too."""
+        self.attach()
+        free, total = self.check("asking for free memory", self.driver.cuMemGetInfo())
+        return MemoryInfo(int(free), int(total))
+
+    # Work
+
+    def stream(self) -> CudaStream:
+        """Creates a non-blocking stream."""
+        device = self._attached()
+        with _mapping_errors(self._name, "a stream could not be created"):
+            return CudaStream(self, device.create_stream(), self._event_options)
+
+    def barrier(self) -> CudaEvent:
+        """Records an event in all streams of the context; where the driver cannot, waits for them here (spinning).
+
+        A stream that is being captured into a graph has no work that could be waited for: the driver refuses
+        (``DeviceError`` with CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) and ends the capture.
+        """
+        device = self._attached()
+        with _mapping_errors(self._name, "a barrier could not be set"):
+            event = device.create_event(self._event_options)
+            try:
+                (code,) = self.driver.cuCtxRecordEvent(self._context, event.handle)
+                supported = code.name not in _NO_CONTEXT_EVENTS
+            except (AttributeError, RuntimeError):  # bindings or a driver older than the function
+                code, supported = None, False
+            if supported:
+                self.check("a barrier could not be set", (code,))
+            else:
+                device.sync()  # an event that was never recorded counts as passed
+        return CudaEvent(self._name, event, DeviceError)
+
+    def close(self) -> None:
+        """Does nothing: there are no threads, and the primary context is kept for whoever holds memory."""

@@ -1,0 +1,239 @@
+"""The host device: real memory, a thread a stream, and everything that makes races and overlap show in tests.
+
+It holds its callers to what the contract asks of them: memory that enqueued copies still use is not freed, closed or
+discarded, and a thread attaches before it uses a stream; each breach is a ``DeviceError`` here, where a GPU would read
+or write whatever lies there by then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from asyncload.device._contract import DeviceInfo, DeviceMemory, MemoryInfo, check_download
+from asyncload.device._host_stream import CopyEngine, HostStream, PassedAll
+from asyncload.device._pages import Pages
+from asyncload.errors import DeviceError, OutOfDeviceMemoryError
+
+__all__ = ["HostDevice", "HostStaging"]
+
+POISON = 0xA5
+_QUARANTINE = 64 << 20  # bytes of freed memory that stay mapped, poisoned, so that a late reader finds the poison
+_NAME = "host"
+
+
+class HostStaging:
+    """Staging memory of a host device."""
+
+    def __init__(self, pages: Pages, engine: CopyEngine, *, poison: bool) -> None:
+        self._pages: Pages | None = pages
+        self._engine = engine
+        self._poison = poison
+        self.view = pages.view
+        self.address = pages.address
+        self.nbytes = pages.nbytes
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Poisons a range, if the device poisons; raises ``DeviceError`` if a copy still reads it."""
+        self._engine.check_unused("staging memory was discarded", self.address + offset, nbytes)
+        if self._poison and self._pages is not None:
+            self._pages.fill(POISON, offset, nbytes)
+
+    def close(self) -> None:
+        """Unmaps the memory, poisoned; raises ``DeviceError`` if a copy still reads it."""
+        self.discard(0, self.nbytes)
+        pages, self._pages = self._pages, None
+        if pages is not None:
+            pages.close()
+
+
+class HostDevice:
+    """Host memory as a device.
+
+    ``bandwidth`` in bytes a second is that of one copy engine for all streams (None: memory's own) and ``latency`` in
+    seconds passes before each copy; both may be set later. ``total_bytes`` is how much can be allocated (None: the
+    machine's memory). With ``poison``, freed device memory and discarded or closed staging memory is overwritten
+    with 0xA5. ``on_allocate``, which may be set later, is called with the size before each allocation and may raise.
+    """
+
+    def __init__(
+        self,
+        *,
+        bandwidth: float | None = None,
+        latency: float = 0.0,
+        total_bytes: int | None = None,
+        poison: bool = False,
+        on_allocate: Callable[[int], None] | None = None,
+    ) -> None:
+        if total_bytes is None:
+            total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        model = f"host memory, {platform.machine()}"
+        self._info = DeviceInfo(name=_NAME, kind="host", index=0, model=model, total_bytes=total_bytes)
+        self._engine = CopyEngine(_NAME, bandwidth, latency)
+        self._poison = poison
+        self.on_allocate = on_allocate
+        self._lock = threading.Lock()
+        self._allocated: dict[int, Pages] = {}
+        self._used = 0
+        self._quarantine: deque[Pages] = deque()
+        self._streams: set[HostStream] = set()
+        self._opened = 0
+        self._held: list[threading.Event] = []
+        self._thread = threading.local()
+        self.attach()
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What it is."""
+        return self._info
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second of all streams together, or None for memory's own speed."""
+        return self._engine.bandwidth
+
+    @bandwidth.setter
+    def bandwidth(self, value: float | None) -> None:
+        self._engine.bandwidth = value
+
+    @property
+    def latency(self) -> float:
+        """Seconds that pass before each copy of a stream."""
+        return self._engine.latency
+
+    @latency.setter
+    def latency(self, value: float) -> None:
+        self._engine.latency = value
+
+    def attach(self) -> None:
+        """Notes that the calling thread may use streams."""
+        self._thread.attached = True
+
+    def _check_thread(self) -> None:
+        if not getattr(self._thread, "attached", False):
+            name = threading.current_thread().name
+            raise DeviceError(f"{_NAME}: thread {name} uses a stream and has not attached", device=_NAME)
+
+    # Memory
+
+    def allocate(self, nbytes: int) -> DeviceMemory:
+        """Maps memory of its own for each allocation, filled with zeros."""
+        if self.on_allocate is not None:
+            self.on_allocate(nbytes)
+        if nbytes == 0:
+            return DeviceMemory(0, 0)
+        with self._lock:  # taken before it is mapped, so that two threads cannot share the last bytes
+            free = self._info.total_bytes - self._used
+            if nbytes > free:
+                raise self._out_of_memory(nbytes, free)
+            self._used += nbytes
+        try:
+            pages = Pages(nbytes)
+        except MemoryError as error:
+            with self._lock:
+                self._used -= nbytes
+            raise self._out_of_memory(nbytes, free) from error
+        with self._lock:
+            self._allocated[pages.address] = pages
+        return DeviceMemory(pages.address, nbytes)
+
+    def _out_of_memory(self, nbytes: int, free: int) -> OutOfDeviceMemoryError:
+        return OutOfDeviceMemoryError(
+            f"{_NAME}: {nbytes} bytes needed, {free} free", device=_NAME, needed=nbytes, available=free, breakdown={}
+        )
+
+    def free(self, memory: DeviceMemory) -> None:
+        """Unmaps memory; raises ``DeviceError`` also if a copy still writes it."""
+        if memory == DeviceMemory(0, 0):
+            return
+        with self._lock:
+            pages = self._allocated.get(memory.address)
+            if pages is None or pages.nbytes != memory.nbytes:
+                raise DeviceError(f"{_NAME}: {memory} is not allocated", device=_NAME)
+            self._engine.check_unused("device memory was freed", memory.address, memory.nbytes)
+            del self._allocated[memory.address]
+            self._used -= memory.nbytes
+        self._dispose(pages)
+
+    def _dispose(self, pages: Pages) -> None:
+        if not self._poison:
+            pages.close()
+            return
+        pages.fill(POISON, 0, pages.nbytes)
+        with self._lock:
+            self._quarantine.append(pages)
+            while sum(kept.nbytes for kept in self._quarantine) > _QUARANTINE:
+                self._quarantine.popleft().close()
+
+    def staging(self, nbytes: int) -> HostStaging:
+        """Maps and touches memory."""
+        try:
+            pages = Pages(nbytes)
+        except MemoryError as error:
+            raise DeviceError(f"{_NAME}: no staging memory: {error}", device=_NAME) from error
+        pages.touch()
+        return HostStaging(pages, self._engine, poison=self._poison)
+
+    def download(self, memory: DeviceMemory, offset: int, buffer: memoryview) -> None:
+        """Copies at once."""
+        check_download(memory, offset, buffer.nbytes)
+        if buffer.nbytes:
+            target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+            ctypes.memmove(target, memory.address + offset, buffer.nbytes)
+
+    def memory(self) -> MemoryInfo:
+        """What is not allocated from this device counts as free, whatever the machine does beside it."""
+        with self._lock:
+            return MemoryInfo(self._info.total_bytes - self._used, self._info.total_bytes)
+
+    # Work
+
+    def stream(self) -> HostStream:
+        """Starts a stream's thread."""
+        with self._lock:
+            stream = HostStream(
+                self._engine,
+                f"asyncload-host-stream{self._opened}",
+                check_thread=self._check_thread,
+                closed=self._forget,
+            )
+            self._opened += 1
+            self._streams.add(stream)
+        return stream
+
+    def _forget(self, stream: HostStream) -> None:
+        with self._lock:
+            self._streams.discard(stream)
+
+    def barrier(self) -> PassedAll:
+        """Passes after the work of all streams and of whoever holds the device."""
+        with self._lock:
+            self._held = [held for held in self._held if not held.is_set()]
+            return PassedAll([*(stream.mark() for stream in self._streams), *self._held])
+
+    def close(self) -> None:
+        """Closes streams that are still open."""
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.close()
+
+    # For tests
+
+    def hold(self) -> threading.Event:
+        """Stands for another library's work on the device: enqueued now, ended when the returned event is set."""
+        held = threading.Event()
+        with self._lock:
+            self._held.append(held)
+        return held
+
+    def fail_upload(self, number: int, *, refused: bool = False) -> None:
+        """Makes the ``number``-th copy from now on (1 is the next) fail, once.
+
+        Its stream's next event raises ``CopyError``, or, if it is to be ``refused``, the call of ``upload`` does.
+        """
+        self._engine.fail(number, refused=refused)

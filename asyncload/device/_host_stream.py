@@ -1,0 +1,238 @@
+"""The host device's copies: an engine that can be slowed and made to fail, streams with a thread each, events."""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from asyncload.device._contract import DeviceMemory, StagingMemory, check_upload
+from asyncload.errors import CopyError, DeviceError
+
+__all__ = ["CopyEngine", "HostEvent", "HostStream", "PassedAll"]
+
+_PIECE = 4 << 20  # bytes that a slowed copy moves at once: it reads its source until shortly before it ends
+
+
+@dataclass(eq=False, slots=True)
+class _Copy:
+    """``nbytes`` bytes from address ``source`` to ``target``, enqueued at a moment of ``time.perf_counter``."""
+
+    target: int
+    source: int
+    nbytes: int
+    fails: bool
+    enqueued: float = field(default_factory=time.perf_counter)
+
+    def touches(self, address: int, nbytes: int) -> bool:
+        return any(begin < address + nbytes and address < begin + self.nbytes for begin in (self.source, self.target))
+
+
+class CopyEngine:
+    """What all streams of a host device copy through.
+
+    ``bandwidth`` in bytes a second is shared by all streams (None: as fast as memory is, each stream by itself);
+    ``latency`` in seconds passes before each copy of a stream. Both may be set at any time.
+    """
+
+    def __init__(self, device: str, bandwidth: float | None, latency: float) -> None:
+        self.device = device
+        self.bandwidth = bandwidth
+        self.latency = latency
+        self._lock = threading.Lock()
+        self._under_way: set[_Copy] = set()
+        self._busy_until = 0.0
+        self._accepted = 0
+        self._to_fail: set[int] = set()
+        self._to_refuse: set[int] = set()
+
+    def fail(self, number: int, *, refused: bool) -> None:
+        """Makes the copy that comes as the ``number``-th from now fail: when it is enqueued, or else on its way."""
+        with self._lock:
+            (self._to_refuse if refused else self._to_fail).add(self._accepted + number)
+
+    def accept(self, target: int, source: int, nbytes: int) -> _Copy:
+        """Counts a copy as under way. Raises ``CopyError`` if it is to be refused."""
+        with self._lock:
+            self._accepted += 1
+            if self._accepted in self._to_refuse:
+                raise CopyError(
+                    f"{self.device}: a copy of {nbytes} bytes was refused, as a test asked", device=self.device
+                )
+            copy = _Copy(target, source, nbytes, fails=self._accepted in self._to_fail)
+            self._under_way.add(copy)
+        return copy
+
+    def perform(self, copy: _Copy, not_before: float) -> float:
+        """Does a copy, as slowly as it should be, and returns the moment at which it was to end; blocks."""
+        try:
+            if copy.fails:
+                raise CopyError(
+                    f"{self.device}: a copy of {copy.nbytes} bytes failed, as a test asked", device=self.device
+                )
+            begin = max(copy.enqueued, not_before) + self.latency
+            if self.bandwidth is None:
+                _sleep_until(begin)
+                ctypes.memmove(copy.target, copy.source, copy.nbytes)
+                return begin
+            # The timetable counts from when the engine was free, not from when this thread woke up for it: else each
+            # copy would add the oversleep of the one before.
+            bandwidth = self.bandwidth
+            with self._lock:
+                begin = max(begin, self._busy_until)
+                self._busy_until = begin + copy.nbytes / bandwidth
+            for offset in range(0, copy.nbytes, _PIECE):
+                size = min(_PIECE, copy.nbytes - offset)
+                _sleep_until(begin + (offset + size) / bandwidth)
+                ctypes.memmove(copy.target + offset, copy.source + offset, size)
+            return begin + copy.nbytes / bandwidth
+        finally:
+            with self._lock:
+                self._under_way.discard(copy)
+
+    def check_unused(self, what: str, address: int, nbytes: int) -> None:
+        """Raises ``DeviceError`` if a copy that has not ended reads or writes the range."""
+        with self._lock:
+            users = sum(copy.touches(address, nbytes) for copy in self._under_way)
+        if users:
+            raise DeviceError(f"{self.device}: {what} while {users} copies still use it", device=self.device)
+
+
+class HostEvent:
+    """Passes once its stream has come to it, with the first error of the work since the event recorded before it."""
+
+    __slots__ = ("_error", "_passed")
+
+    def __init__(self) -> None:
+        self._passed = threading.Event()
+        self._error: DeviceError | None = None
+
+    def done(self) -> bool:
+        """Whether it has passed."""
+        if not self._passed.is_set():
+            return False
+        self.synchronize()
+        return True
+
+    def synchronize(self) -> None:
+        """Sleeps until it has passed."""
+        self._passed.wait()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self, error: DeviceError | None) -> None:
+        """Makes it pass; on its stream's thread."""
+        self._error = error
+        self._passed.set()
+
+
+class PassedAll:
+    """An event made of several marks in other work."""
+
+    __slots__ = ("_marks",)
+
+    def __init__(self, marks: Sequence[threading.Event]) -> None:
+        self._marks = marks
+
+    def done(self) -> bool:
+        """Whether all marks are set."""
+        return all(mark.is_set() for mark in self._marks)
+
+    def synchronize(self) -> None:
+        """Sleeps until all marks are set."""
+        for mark in self._marks:
+            mark.wait()
+
+
+class HostStream:
+    """A thread that does enqueued work in order; ``closed`` is told when it has ended.
+
+    A failed copy does not stop the ones after it; the next event that is recorded reports it, and no later one.
+    """
+
+    def __init__(
+        self,
+        engine: CopyEngine,
+        name: str,
+        *,
+        check_thread: Callable[[], None],
+        closed: Callable[[HostStream], None],
+    ) -> None:
+        self._engine = engine
+        self._check_thread = check_thread
+        self._closed = closed
+        self._open = True
+        self._closing = threading.Lock()
+        self._error: DeviceError | None = None  # touched on the stream's thread only
+        self._ended = 0.0  # the same
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def upload(
+        self, target: DeviceMemory, target_offset: int, staging: StagingMemory, staging_offset: int, nbytes: int
+    ) -> None:
+        """Enqueues a copy; it reads its source when its turn has come, not before."""
+        self._check()
+        check_upload(target, target_offset, staging, staging_offset, nbytes)
+        if nbytes:
+            copy = self._engine.accept(target.address + target_offset, staging.address + staging_offset, nbytes)
+            self._work.put(partial(self._copy, copy))
+
+    def record(self) -> HostEvent:
+        """Records an event."""
+        self._check()
+        event = HostEvent()
+        self._work.put(partial(self._pass, event))
+        return event
+
+    def hold(self) -> threading.Event:
+        """Enqueues work that ends when the event that is returned is set, for tests that need a stream to be late."""
+        held = threading.Event()
+        self._work.put(held.wait)
+        return held
+
+    def mark(self) -> threading.Event:
+        """An event that is set when all work enqueued so far has ended, however it ended."""
+        mark = threading.Event()
+        self._work.put(mark.set)
+        return mark
+
+    def close(self) -> None:
+        """Waits for the work and ends the thread."""
+        with self._closing:
+            if not self._open:
+                return
+            self._open = False
+            self.mark().wait()
+            self._closed(self)  # only now: a barrier must find the stream as long as it has work
+            self._work.put(None)
+            self._thread.join()
+
+    def _check(self) -> None:
+        self._check_thread()
+        if not self._open:
+            raise DeviceError(f"{self._engine.device}: the stream is closed", device=self._engine.device)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def _copy(self, copy: _Copy) -> None:
+        try:
+            self._ended = self._engine.perform(copy, self._ended)
+        except DeviceError as error:
+            self._error = self._error or error
+
+    def _pass(self, event: HostEvent) -> None:
+        error, self._error = self._error, None
+        event.finish(error)
+
+
+def _sleep_until(moment: float) -> None:
+    while (left := moment - time.perf_counter()) > 0:
+        time.sleep(left)

@@ -1,0 +1,241 @@
+"""The one tree of errors: four families, each an answer to "what now?".
+
+``SourceError``: try again. ``FormatError``: another file. ``PlanError``: ask for less, or for something else.
+``DeviceError``: another machine, or free some of this one. Leaves derive from the matching builtin too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncload.model import Partial
+
+__all__ = [
+    "AsyncloadError",
+    "BackendUnavailableError",
+    "ClosedError",
+    "CopyError",
+    "DeviceError",
+    "DeviceNotFoundError",
+    "ExportError",
+    "FormatError",
+    "OptionsError",
+    "OutOfDeviceMemoryError",
+    "PlanError",
+    "RangeError",
+    "SourceChangedError",
+    "SourceError",
+    "SourceNotFoundError",
+    "SourceReadError",
+    "SplitError",
+    "TargetError",
+    "TensorNotFoundError",
+    "TruncatedError",
+    "UnsupportedQuantError",
+    "UnsupportedTypeError",
+]
+
+
+class AsyncloadError(Exception):
+    """The base of every error that asyncload raises on purpose.
+
+    ``partial`` is what had arrived when a load failed for good (never after a cancellation), else None.
+    """
+
+    partial: Partial | None = None
+
+
+# What to do: try again.
+
+
+class SourceError(AsyncloadError):
+    """The bytes could not be had from where they lie.
+
+    ``url`` names the source; ``offset`` is the byte offset of the read that failed, where there was one;
+    ``transient`` says that the same read may succeed when it is made again.
+    """
+
+    def __init__(self, message: str, *, url: str, offset: int | None = None, transient: bool = False) -> None:
+        super().__init__(message)
+        self.url = url
+        self.offset = offset
+        self.transient = transient
+
+
+class SourceNotFoundError(SourceError, FileNotFoundError):
+    """There is nothing at the source's address."""
+
+
+class SourceChangedError(SourceError):
+    """The source changed (size, modification time or inode) while it was being loaded."""
+
+
+class SourceReadError(SourceError, OSError):
+    """A read failed or ended early; ``errno`` is the system's number where there is one."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        url: str,
+        offset: int | None = None,
+        transient: bool = False,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(message, url=url, offset=offset, transient=transient)
+        self.errno = errno
+
+
+# What to do: another file.
+
+
+class FormatError(AsyncloadError, ValueError):
+    """The bytes are no valid GGUF; ``offset`` is the byte in the file at which that showed."""
+
+    def __init__(self, message: str, *, offset: int, url: str | None = None) -> None:
+        super().__init__(message)
+        self.offset = offset
+        self.url = url
+
+    def __str__(self) -> str:
+        """The message with the offset and, where known, the file."""
+        where = f"{self.url}: " if self.url else ""
+        return f"{where}{super().__str__()} (at byte {self.offset})"
+
+
+class TruncatedError(FormatError):
+    """The file ends before what its header announces."""
+
+
+class UnsupportedTypeError(FormatError):
+    """A tensor has a ggml type that is removed, unknown or a fork's; ``type_id`` is its number."""
+
+    def __init__(self, message: str, *, offset: int, type_id: int, url: str | None = None) -> None:
+        super().__init__(message, offset=offset, url=url)
+        self.type_id = type_id
+
+
+class SplitError(FormatError):
+    """The parts of a split model are not all there, or do not belong together; ``parts`` names the culprits."""
+
+    def __init__(self, message: str, *, parts: tuple[str, ...], offset: int = 0, url: str | None = None) -> None:
+        super().__init__(message, offset=offset, url=url)
+        self.parts = parts
+
+
+# What to do: ask for less, or for something else.
+
+
+class PlanError(AsyncloadError, ValueError):
+    """What was asked for cannot be done, and nothing has moved."""
+
+
+class OptionsError(PlanError):
+    """An option has a value that cannot be used; ``option`` names it."""
+
+    def __init__(self, message: str, *, option: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class UnsupportedQuantError(PlanError):
+    """A tensor's type cannot be decoded to the dtype asked for; ``tensor``, ``type`` and ``dtype`` say which."""
+
+    def __init__(self, message: str, *, tensor: str, type: str, dtype: str) -> None:  # noqa: A002 - the field's name
+        super().__init__(message)
+        self.tensor = tensor
+        self.type = type
+        self.dtype = dtype
+
+
+class TensorNotFoundError(PlanError, KeyError):
+    """A name or pattern matches no tensor; ``name`` is what was asked for."""
+
+    def __init__(self, message: str, *, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+    def __str__(self) -> str:
+        """The message itself (``KeyError`` would quote it)."""
+        return str(self.args[0])
+
+
+class TargetError(PlanError):
+    """A buffer given by the caller cannot take its tensor; ``tensor``, and ``needed`` and ``available`` in bytes."""
+
+    def __init__(self, message: str, *, tensor: str, needed: int | None = None, available: int | None = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.needed = needed
+        self.available = available
+
+
+class ExportError(PlanError, BufferError):
+    """A tensor cannot be given to another library in the form asked for; ``tensor`` names it."""
+
+    def __init__(self, message: str, *, tensor: str) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
+class RangeError(PlanError, IndexError):
+    """A copy would leave its source or its target; ``offset``, ``nbytes`` and ``limit`` in bytes."""
+
+    def __init__(self, message: str, *, offset: int, nbytes: int, limit: int) -> None:
+        super().__init__(message)
+        self.offset = offset
+        self.nbytes = nbytes
+        self.limit = limit
+
+
+class ClosedError(PlanError):
+    """The loader, model, tensor or partial result was used after it had been closed."""
+
+
+# What to do: another machine, or free some of this one.
+
+
+class DeviceError(AsyncloadError):
+    """A device could not do what it was asked; ``device`` names it, ``code`` is the driver's name of the failure."""
+
+    def __init__(self, message: str, *, device: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.device = device
+        self.code = code
+
+
+class DeviceNotFoundError(DeviceError, LookupError):
+    """There is no such device on this machine."""
+
+
+class BackendUnavailableError(DeviceError, ImportError):
+    """The packages or the driver that this device needs are not there."""
+
+
+class CopyError(DeviceError):
+    """A copy to the device failed; ``tensor`` names the tensor it belonged to, where known."""
+
+    def __init__(self, message: str, *, device: str, code: str | None = None, tensor: str | None = None) -> None:
+        super().__init__(message, device=device, code=code)
+        self.tensor = tensor
+
+
+class OutOfDeviceMemoryError(DeviceError, MemoryError):
+    """The device has not enough free memory; ``needed``, ``available`` and ``breakdown`` (by purpose) in bytes."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        device: str,
+        needed: int,
+        available: int | None,
+        breakdown: Mapping[str, int],
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, device=device, code=code)
+        self.needed = needed
+        self.available = available
+        self.breakdown = dict(breakdown)

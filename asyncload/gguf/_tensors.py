@@ -1,0 +1,130 @@
+"""The tensors of a header: their entries, and whether their data can lie where these say."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
+from typing import Final, NamedTuple
+
+from asyncload.errors import UnsupportedTypeError
+from asyncload.gguf._header import TensorInfo, merge_sorted
+from asyncload.gguf._reader import MAX_NAME, Reader, Steps, quote
+from asyncload.gguf._types import REMOVED_TYPES, TYPES_BY_ID, GGMLType
+
+__all__ = ["SMALLEST_ENTRY", "Entry", "place", "read_entries"]
+
+# What one entry takes at the very least.
+SMALLEST_ENTRY: Final = 8 + 1 + 4 + 4 + 8
+
+_MAX_NAME_STRICT: Final = 63  # ggml's GGML_MAX_NAME, less the NUL
+_MAX_DIMENSIONS: Final = 4
+_MAX_WEIGHTS: Final = (1 << 63) - 1
+_UINT32: Final = struct.Struct("<I")
+# By number of dimensions: these, the type, the offset of the data.
+_ENTRIES: Final = tuple(struct.Struct(f"<{n}qiQ") for n in range(_MAX_DIMENSIONS + 1))
+_UNITS_OF_AN_ENTRY: Final = 64
+
+
+class Entry(NamedTuple):
+    """A tensor as its header entry has it: ``offset`` counts from where data begins; ``at`` is where that stands."""
+
+    name: str
+    type: GGMLType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    at: int
+
+
+def read_entries(reader: Reader, count: int, *, strict: bool) -> Steps[dict[str, Entry]]:
+    """Reads ``count`` entries; with ``strict``, names no longer than ggml's."""
+    entries: dict[str, Entry] = {}
+    for _ in range(count):
+        at = reader.position
+        name = yield from reader.name("a tensor's name", _MAX_NAME_STRICT if strict else MAX_NAME)
+        if name in entries:
+            raise reader.error(f"tensor {quote(name)} is there twice", at)
+        entries[name] = yield from _entry(reader, name)
+        reader.work(_UNITS_OF_AN_ENTRY)
+    return entries
+
+
+def _entry(reader: Reader, name: str) -> Steps[Entry]:
+    at = reader.position
+    n_dimensions: int = (yield from reader.take(_UINT32, "a number of dimensions"))[0]
+    if n_dimensions > _MAX_DIMENSIONS:
+        raise reader.error(f"tensor {quote(name)} has {n_dimensions} dimensions, more than {_MAX_DIMENSIONS}", at)
+    at = reader.position
+    fields: tuple[int, ...] = yield from reader.take(_ENTRIES[n_dimensions], "a tensor's shape, type and offset")
+    *dimensions, number, offset = fields
+    n_weights = span = 1  # span is n_weights as if no dimension were zero: strides must be countable then, too
+    for index, dimension in enumerate(dimensions):
+        n_weights *= dimension
+        span *= max(dimension, 1)
+        if dimension < 0:
+            raise reader.error(f"tensor {quote(name)} has a negative dimension ({dimension})", at + 8 * index)
+        if span > _MAX_WEIGHTS:
+            raise reader.error(f"tensor {quote(name)} has more weights than can be counted", at + 8 * index)
+    kind = _tensor_type(reader, number, name, at + 8 * n_dimensions)
+    row = dimensions[0] if dimensions else 1
+    if row % kind.block_size:
+        raise reader.error(
+            f"tensor {quote(name)} has rows of {row} weights, no multiple of {kind.name}'s {kind.block_size}", at
+        )
+    nbytes = n_weights // kind.block_size * kind.type_size
+    return Entry(name, kind, tuple(reversed(dimensions)), offset, nbytes, at + 8 * n_dimensions + 4)
+
+
+def _tensor_type(reader: Reader, number: int, name: str, at: int) -> GGMLType:
+    if (kind := TYPES_BY_ID.get(number)) is not None:
+        return kind
+    if (removed := REMOVED_TYPES.get(number)) is not None:
+        what = f"type {removed} (id {number}), which ggml has removed"
+    elif number > max(TYPES_BY_ID):
+        what = f"type id {number}, which ggml does not have: a fork of it wrote this file"
+    else:
+        what = f"type id {number}, which does not exist"
+    raise UnsupportedTypeError(f"tensor {quote(name)} is of {what}", offset=at, type_id=number, url=reader.url)
+
+
+def place(
+    entries: Mapping[str, Entry], reader: Reader, *, data_offset: int, alignment: int, strict: bool
+) -> tuple[dict[str, TensorInfo], int]:
+    """Gives each tensor its place in the file, in the order of the entries; also returns the bytes of all.
+
+    Raises ``FormatError`` for data that is misaligned or overlaps, or (``strict``) does not lie in order with nothing
+    but padding between; ``TruncatedError`` for data that is not all there, with ``strict`` the last padding included.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    in_order, total, end = True, 0, data_offset
+    for name, kind, shape, offset, nbytes, at in entries.values():
+        start = data_offset + offset
+        if offset % alignment:
+            raise reader.error(f"the data of tensor {quote(name)} begins at {offset}, no multiple of {alignment}", at)
+        if strict and start != end:
+            expected = end - data_offset
+            raise reader.error(f"the data of tensor {quote(name)} begins at {offset}, not next at {expected}", at)
+        padding = -nbytes % alignment if strict else 0
+        if start + nbytes + padding > reader.size:
+            raise reader.truncated(f"the data of tensor {quote(name)} reaches past the end of the file", at)
+        if nbytes:
+            total += nbytes
+            in_order = in_order and start >= end
+            end = max(end, start + nbytes + padding)
+        tensors[name] = TensorInfo(name, kind, shape, start, nbytes)
+        reader.work(_UNITS_OF_AN_ENTRY)
+    if not in_order:
+        _refuse_overlap(tensors.values(), reader)
+    return tensors, total
+
+
+def _refuse_overlap(tensors: Iterable[TensorInfo], reader: Reader) -> None:
+    """Raises ``FormatError`` if any two share a byte."""
+    before: TensorInfo | None = None
+    with_data = (tensor for tensor in tensors if tensor.nbytes)
+    for tensor in merge_sorted(with_data, attrgetter("offset"), lambda: reader.work(_UNITS_OF_AN_ENTRY)):
+        if before is not None and tensor.offset < before.offset + before.nbytes:
+            names = f"{quote(before.name)} and {quote(tensor.name)}"
+            raise reader.error(f"the data of tensors {names} overlaps", tensor.offset)
+        before = tensor

@@ -1,0 +1,187 @@
+"""The front door: everything put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+
+from asyncload.device import Device, default_device, open_device
+from asyncload.errors import ClosedError, OptionsError
+from asyncload.gguf import Header
+from asyncload.loader._model_load import load_model
+from asyncload.loader._open import ModelPath, OpenedModel
+from asyncload.loader._session import Request
+from asyncload.loader._tensor_stream import TensorStream
+from asyncload.memory import VramTracker
+from asyncload.model import Model, Partial
+from asyncload.options import Options
+from asyncload.pipeline import Engine
+from asyncload.plan import DtypeSpec, Selection
+from asyncload.telemetry import ProgressCallback
+from asyncload.threads import run_in_thread, settle
+
+__all__ = ["Loader", "TensorStream", "load", "read_header"]
+
+
+async def read_header(path: ModelPath, *, strict: bool = False) -> Header:
+    """Reads the header of a GGUF file, or of all parts of a split one.
+
+    Its tensors carry name, type, shape, offset in the file and size in bytes. ``strict`` accepts only what ggml does.
+    Raises ``SourceError`` and ``FormatError``.
+    """
+    async with OpenedModel(run_in_thread, strict=strict) as opened:
+        await opened.open(path)
+        return opened.header
+
+
+async def load(
+    path: ModelPath, *, device: str | Device | None = None, options: Options | None = None, **request: Any
+) -> Model:
+    """Loads one model with a loader of its own; the model outlives it.
+
+    ``device`` and ``options`` as for ``Loader``, everything else as for ``Loader.load``.
+    """
+    async with Loader(device, options=options) as loader:
+        return await loader.load(path, **request)
+
+
+class Loader:
+    """Loads models into one device; an async context manager that owns device, staging memory, threads and streams.
+
+    ``device`` is ``"cuda:N"``, ``"host"``, an opened device (which is closed with the loader), or None for the first
+    CUDA device or, where there is none, host memory. Any number of loads may run at once and share
+    the staging budget.
+    Leaving the block while loads run ends them with ``ClosedError``. It may be entered in one task and left in another.
+    """
+
+    def __init__(self, device: str | Device | None = None, *, options: Options | None = None) -> None:
+        self._wanted = device
+        self._options = options or Options()
+        self._engine: Engine | None = None
+        self._closing = False
+        self._running: set[anyio.CancelScope] = set()
+        self._idle: anyio.Event
+
+    async def __aenter__(self) -> Self:
+        """Opens the device and what it needs. Raises ``DeviceError``."""
+        if self._engine is not None or self._closing:
+            raise ClosedError("a loader is entered once")
+        try:
+            await run_in_thread(self._open)
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        device = self._wanted
+        if device is None or isinstance(device, str):
+            device = open_device(device or default_device())
+        self._engine = Engine(device, self._options)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the loads that still run, and all threads; models and tensors stay valid."""
+        await self._close()
+
+    async def _close(self) -> None:
+        self._closing = True
+        self._idle = anyio.Event()
+        cancelled: BaseException | None = None
+        if self._running:
+            for scope in self._running:
+                scope.cancel()
+            try:
+                await settle(self._idle)
+            except anyio.get_cancelled_exc_class() as error:
+                cancelled = error
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await run_in_thread(engine.close)
+        if cancelled is not None:
+            raise cancelled
+
+    @contextmanager
+    def _load_scope(self) -> Iterator[Engine]:
+        """Counts a load as running, so that closing the loader ends it and waits for it."""
+        if self._engine is None or self._closing:
+            raise ClosedError("a loader is used inside its `async with` block")
+        scope = anyio.CancelScope()
+        self._running.add(scope)
+        try:
+            with scope:
+                yield self._engine
+        finally:
+            self._running.discard(scope)
+            if self._closing and not self._running:
+                self._idle.set()
+        if scope.cancelled_caught:
+            raise ClosedError("the loader was closed while it loaded")
+
+    @property
+    def device(self) -> Device:
+        """The device; inside the ``async with`` block."""
+        return self._active().device
+
+    @property
+    def tracker(self) -> VramTracker:
+        """The ledger of the device memory that this loader's tensors take; inside the ``async with`` block."""
+        return self._active().tracker
+
+    def _active(self) -> Engine:
+        if self._engine is None:
+            raise ClosedError("a loader is used inside its `async with` block")
+        return self._engine
+
+    async def load(
+        self,
+        path: ModelPath,
+        *,
+        dtype: DtypeSpec = "packed",
+        select: Selection = None,
+        into: Mapping[str, Any] | None = None,
+        progress: ProgressCallback | None = None,
+        resume: Partial | None = None,
+    ) -> Model:
+        """Loads a model, whole or not at all.
+
+        ``path``: a GGUF file, any part of a split one, or a ``Source``. ``dtype``: ``"packed"`` for the blocks as they
+        are (quantized tensors as bytes), or ``"float32"``, ``"float16"``, ``"bfloat16"``, or a mapping from names or
+        globs to these; integer tensors keep their type. ``select``: names, globs and layer numbers. ``into``: the
+        caller's own buffers by name (contiguous, of the tensor's shape and dtype, on this device); tensors without one
+        are allocated. ``progress``: called on the event loop's thread with a ``Progress`` for each chunk, or a
+        ``ProgressStream``. ``resume``: the ``partial`` of an error, whose tensors are not moved again.
+
+        Raises ``SourceError``, ``FormatError``, ``PlanError`` (nothing has moved) and ``DeviceError``. When it raises
+        or is cancelled, no copy is under way any more and device memory is as before, but for an error's ``partial``.
+        """
+        with self._load_scope() as engine:
+            request = Request(path=path, dtype=dtype, select=select, into=into or {}, progress=progress)
+            return await load_model(engine, request, resume)
+        raise AssertionError("the scope raises when it swallows a cancellation")
+
+    def tensors(
+        self,
+        path: ModelPath,
+        *,
+        ahead: int = 256 << 20,
+        dtype: DtypeSpec = "packed",
+        select: Selection = None,
+        progress: ProgressCallback | None = None,
+    ) -> TensorStream:
+        """Loads tensor by tensor: ``async with loader.tensors(path) as tensors: async for tensor in tensors: ...``.
+
+        ``ahead`` (bytes) bounds what has landed, or is on its way, and was not yet taken. Everything else as for
+        ``load``. Raises ``OptionsError`` for an ``ahead`` below 1; what ``load`` raises comes from entering the block
+        or from the iteration.
+        """
+        if ahead < 1:
+            raise OptionsError(f"ahead is {ahead}, at least 1 byte is needed", option="ahead")
+        return TensorStream(
+            self._load_scope(), Request(path=path, dtype=dtype, select=select, progress=progress), ahead
+        )

@@ -1,0 +1,143 @@
+"""From a path to the files and the header of a model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from asyncload.errors import SourceNotFoundError, SplitError
+from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
+from asyncload.source import BlockingSource, Source, open_source
+
+__all__ = ["ModelPath", "OpenedModel"]
+
+ModelPath = str | os.PathLike[str] | Source | Sequence[Source]
+# A function that runs a blocking call on a thread, to its end.
+RunBlocking = Callable[..., Awaitable[Any]]
+
+_FIRST_READ: Final = 256 << 10
+_READ: Final = 4 << 20
+
+
+class OpenedModel:
+    """A model's sources and its header; an async context manager that closes the sources which it opened itself.
+
+    ``run`` is where blocking calls go.
+    """
+
+    def __init__(self, run: RunBlocking, *, strict: bool = False) -> None:
+        self._run = run
+        self._strict = strict
+        self._owned: list[BlockingSource] = []
+        self.sources: list[Source] = []
+        self.header: Header
+
+    @property
+    def name(self) -> str:
+        """The first source's name, for messages."""
+        return self.sources[0].url if self.sources else "model"
+
+    @property
+    def identity(self) -> tuple[Hashable, ...]:
+        """What all sources were when they were opened."""
+        return tuple(source.identity for source in self.sources)
+
+    async def open(self, path: ModelPath) -> None:
+        """Opens the model's file, or all files of a split one, and reads the header.
+
+        ``path`` is a path, a source, or all parts' sources in order; the path may be that of any part. Raises
+        ``SourceError`` and ``FormatError``; a missing part is a ``SplitError``.
+        """
+        if isinstance(path, str | os.PathLike):
+            await self._run(self._open_path, os.fspath(path))
+        else:
+            self.sources = [path] if isinstance(path, Source) else list(path)
+            headers = [await self._read_header(source) for source in self.sources]
+            self.header = await self._run(join_parts, headers, [source.url for source in self.sources])
+
+    def _open_path(self, path: str) -> None:
+        source = self._open_source(path)
+        first = _read_header_blocking(source, self._parser(source))
+        paths = split_paths(path, split_count(first))
+        headers: list[Header] = []
+        missing: list[str] = []
+        for name in paths:
+            if Path(name).name == Path(path).name:
+                self.sources.append(source)
+                headers.append(first)
+                continue
+            try:
+                part = self._open_source(name)
+            except SourceNotFoundError:
+                missing.append(name)
+                continue
+            self.sources.append(part)
+            headers.append(_read_header_blocking(part, self._parser(part)))
+        if missing:
+            raise SplitError(
+                f"{len(missing)} of {len(paths)} parts are missing: {', '.join(missing)}",
+                parts=tuple(missing),
+                url=path,
+            )
+        self.header = join_parts(headers, paths)
+
+    def _open_source(self, path: str) -> BlockingSource:
+        source = open_source(path)
+        self._owned.append(source)
+        return source
+
+    def _parser(self, source: Source) -> HeaderParser:
+        return HeaderParser(source.size, strict=self._strict, url=source.url, pause=_pause)
+
+    async def _read_header(self, source: Source) -> Header:
+        parser = self._parser(source)
+        if isinstance(source, BlockingSource):
+            header: Header = await self._run(_read_header_blocking, source, parser)
+            return header
+        offset = 0
+        while parser.header is None:
+            piece = bytearray(_next_read(source, parser, offset))
+            await source.read_into(offset, memoryview(piece))
+            await self._run(parser.feed, piece)
+            offset += len(piece)
+        return parser.header
+
+    async def __aenter__(self) -> Self:
+        """Nothing is open yet."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes what was opened here."""
+        if self._owned:
+            await self._run(self._close)
+
+    def _close(self) -> None:
+        for source in self._owned:
+            source.close()
+
+
+def _read_header_blocking(source: BlockingSource, parser: HeaderParser) -> Header:
+    offset = 0
+    while parser.header is None:
+        piece = bytearray(_next_read(source, parser, offset))
+        source.read_into_blocking(offset, memoryview(piece))
+        parser.feed(piece)
+        offset += len(piece)
+    return parser.header
+
+
+def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
+    """Bytes to read next: what the parser is known to need, or a good piece; at the end of the file, what is left."""
+    want = max(parser.needed - offset, _READ if offset else _FIRST_READ)
+    return min(want, source.size - offset, 16 * _READ)
+
+
+def _pause() -> None:
+    """Lets other threads have the interpreter lock: a thread in a tight loop would keep it for 5 ms at a time."""
+    time.sleep(1e-5)

@@ -1,0 +1,136 @@
+"""One load from its opening to its end: sources, plan, targets, progress; undone unless it completes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncload.device import DeviceMemory
+from asyncload.errors import TensorNotFoundError
+from asyncload.loader._open import ModelPath, OpenedModel
+from asyncload.memory import Allocation, Purpose
+from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
+from asyncload.pipeline import Engine, Sink, Transfer
+from asyncload.plan import DtypeSpec, LoadPlan, Selection, plan_load
+from asyncload.quant import prepare
+from asyncload.telemetry import ProgressCallback, ProgressMeter
+
+__all__ = ["Request", "Session"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the caller asked for."""
+
+    path: ModelPath
+    dtype: DtypeSpec = "packed"
+    select: Selection = None
+    into: Mapping[str, Any] = field(default_factory=dict)
+    progress: ProgressCallback | None = None
+
+
+class Session(Sink):
+    """What all ways to load have in common; its blocking work runs on the engine's reading threads."""
+
+    plan: LoadPlan
+    meter: ProgressMeter
+    transfer: Transfer
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.engine = engine
+        self.request = request
+        self.opened = OpenedModel(engine.readers.run, strict=engine.options.strict)
+        self.memory: dict[int, Memory] = {}  # by the tensor's index in the plan, until it is handed out
+        self.landed_tensors: set[int] = set()
+
+    async def open(self) -> None:
+        """Opens the sources and makes the plan, its kernels and its borrowed targets; nothing has moved then."""
+        await self.opened.open(self.request.path)
+        await self.engine.readers.run(self._make_plan)
+
+    def _make_plan(self) -> None:
+        request = self.request
+        header = self.opened.header
+        self.plan = plan_load(
+            header, dtype=request.dtype, select=request.select, chunk_size=self.engine.options.chunk_size
+        )
+        self.plan.check_sources([source.size for source in self.opened.sources])
+        if kernels := {(tensor.info.type, tensor.dtype) for tensor in self.plan.tensors if tensor.decoded}:
+            prepare(kernels)
+        if request.into:
+            self._borrow(request.into)
+
+    def _borrow(self, into: Mapping[str, Any]) -> None:
+        """Takes the caller's buffers as targets, once everything that was enqueued on them has ended."""
+        indices = {tensor.info.name: index for index, tensor in enumerate(self.plan.tensors)}
+        targets: dict[str, Target] = {}
+        for name, buffer in into.items():
+            if name not in indices:
+                raise TensorNotFoundError(f"into has a buffer for {name!r}, which is not among the tensors", name=name)
+            tensor = self.plan.tensors[indices[name]]
+            target = borrow(buffer, tensor_name=name)
+            check_target(target, tensor.shape, tensor.dtype, self.engine.device.info, name)
+            self.memory[indices[name]] = targets[name] = target
+        check_disjoint(targets)
+        self.engine.device.barrier().synchronize()
+
+    def begin(self) -> None:
+        """Makes the transfer of what is not there yet; on the loop."""
+        there = [self.plan.tensors[index] for index in self.landed_tensors]
+        self.transfer = Transfer(self.engine, self.plan, self.opened.sources, self, skip=self.landed_tensors)
+        self.meter = ProgressMeter(
+            self.opened.name,
+            nbytes=self.plan.device_nbytes,
+            tensors=len(self.plan.tensors),
+            callback=self.request.progress,
+            resumed=(sum(tensor.nbytes for tensor in there), len(there)),
+        )
+        self.meter.start()
+
+    async def allocate(self, tensors: Collection[int]) -> None:
+        """Allocates device memory for those of the tensors that have none."""
+        await self.engine.readers.run(self._allocate, tensors)
+
+    def _allocate(self, tensors: Collection[int]) -> None:
+        for index in tensors:
+            if index not in self.memory:
+                tensor = self.plan.tensors[index]
+                self.memory[index] = self.engine.tracker.allocate(tensor.nbytes, Purpose.WEIGHTS, tensor.info.name)
+
+    def hand_out(self, index: int) -> Tensor:
+        """Makes a tensor of a complete target, which is the tensor's from now on."""
+        tensor = self.plan.tensors[index]
+        return Tensor(
+            name=tensor.info.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            type=tensor.info.type,
+            device=self.engine.device.info,
+            memory=self.memory.pop(index),
+            logical_shape=tensor.info.shape,
+        )
+
+    async def discard(self, keep: Collection[int] = ()) -> None:
+        """Frees the targets that were not handed out, but for those to keep, and waits until that is done."""
+        for index in [index for index in self.memory if index not in keep]:
+            memory = self.memory.pop(index)
+            if isinstance(memory, Allocation):
+                memory.close()
+        await self.engine.readers.run(self.engine.tracker.flush)
+
+    # What the transfer asks
+
+    def target(self, tensor: int) -> DeviceMemory:
+        """Where a tensor goes."""
+        memory = self.memory[tensor]
+        return DeviceMemory(memory.address, memory.nbytes)
+
+    def landed(self, tensor: int) -> None:
+        """Keeps account of complete tensors."""
+        self.landed_tensors.add(tensor)
+        self.meter.tensor()
+
+    def moved(self, nbytes: int) -> None:
+        """Reports progress."""
+        self.meter.chunk(nbytes)

@@ -1,0 +1,146 @@
+"""Tensors as they land: ``async with loader.tensors(path) as tensors: async for tensor in tensors``."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, AsyncExitStack
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import TaskGroup
+
+from asyncload.errors import ClosedError
+from asyncload.gguf import Header
+from asyncload.loader._session import Request, Session
+from asyncload.model import Tensor
+from asyncload.pipeline import Engine
+from asyncload.plan import Chunk
+
+__all__ = ["TensorStream"]
+
+
+class _Window(Session):
+    """A session whose tensors are begun only while those begun and not yet taken stay within ``ahead`` bytes."""
+
+    def __init__(self, engine: Engine, request: Request, ahead: int) -> None:
+        super().__init__(engine, request)
+        self._ahead = ahead
+        self._outstanding = 0
+        self.ready: deque[int] = deque()
+        self.changed = anyio.Event()
+
+    async def admit(self, chunk: Chunk) -> None:
+        indices = [segment.tensor for segment in chunk.segments]
+        nbytes = sum(self.plan.tensors[index].nbytes for index in indices)
+        while self._outstanding and self._outstanding + nbytes > self._ahead:
+            await self.changed.wait()
+        self._outstanding += nbytes
+        await self.allocate(indices)
+
+    def landed(self, tensor: int) -> None:
+        super().landed(tensor)
+        self.ready.append(tensor)
+        self.wake()
+
+    def take(self) -> Tensor:
+        """Hands out the tensor that landed first, and makes room for more."""
+        tensor = self.hand_out(self.ready.popleft())
+        self._outstanding -= tensor.nbytes
+        self.wake()
+        return tensor
+
+    def wake(self) -> None:
+        """Lets everybody who waits look again."""
+        changed, self.changed = self.changed, anyio.Event()
+        changed.set()
+
+
+class TensorStream:
+    """A model's tensors, each once, in the order in which they land; made by ``Loader.tensors``.
+
+    ``ahead`` (bytes) bounds what has been begun, or has landed, and was not yet taken; a tensor larger than that comes
+    alone. While it is full, nothing is read and no staging memory is held. Leaving the ``async with`` block early ends
+    the load; tensors that were taken stay valid, the others are freed. An error of the load is raised by the iteration,
+    after the tensors that landed before it.
+    """
+
+    def __init__(self, scope: AbstractContextManager[Engine], request: Request, ahead: int) -> None:
+        self._scope = scope
+        self._request = request
+        self._ahead = ahead
+        self._session: _Window | None = None
+        self._stack = AsyncExitStack()
+        self._ended = False
+        self._error: BaseException | None = None
+
+    @property
+    def header(self) -> Header:
+        """The model's header; inside the ``async with`` block."""
+        return self._active().opened.header
+
+    async def __aenter__(self) -> Self:
+        """Opens the model, plans the load and begins it."""
+        async with AsyncExitStack() as stack:  # what is entered first is left last
+            engine = stack.enter_context(self._scope)
+            session = _Window(engine, self._request, self._ahead)
+            stack.push_async_callback(session.discard)
+            await stack.enter_async_context(session.opened)
+            await session.open()
+            session.begin()
+            group = anyio.create_task_group()
+            await group.__aenter__()
+            stack.push_async_exit(partial(_leave, group))
+            group.start_soon(self._move, session)
+            self._session = session
+            self._stack = stack.pop_all()
+        return self
+
+    async def _move(self, session: _Window) -> None:
+        try:
+            await session.transfer.run()
+            session.meter.done()
+        except BaseException as error:
+            session.meter.failed(error)
+            if not isinstance(error, Exception):
+                raise
+            self._error = error  # the iteration raises it
+        finally:
+            self._ended = True
+            session.wake()
+
+    def __aiter__(self) -> AsyncIterator[Tensor]:
+        """The tensors."""
+        return self
+
+    async def __anext__(self) -> Tensor:
+        """Waits for the next tensor to land."""
+        session = self._active()
+        while not session.ready:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if self._ended:
+                raise StopAsyncIteration
+            await session.changed.wait()
+        return session.take()
+
+    def _active(self) -> _Window:
+        if self._session is None:
+            raise ClosedError("a tensor stream is used inside its `async with` block")
+        return self._session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        """Ends the load, waits until nothing of it is under way, and frees what was not taken."""
+        self._session = None
+        return await self._stack.__aexit__(kind, error, trace)
+
+
+async def _leave(group: TaskGroup, *_: object) -> None:
+    """Ends a task group whose tasks keep their errors; the body's exception goes on as it is, in no group."""
+    group.cancel_scope.cancel()
+    await group.__aexit__(None, None, None)

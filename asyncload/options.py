@@ -1,0 +1,114 @@
+"""Every setting and its default, once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from asyncload.errors import OptionsError
+
+__all__ = ["Options", "format_size", "parse_size"]
+
+_PREFIX: Final = "ASYNCLOAD_"
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_MIB: Final = 1 << 20
+
+
+def parse_size(text: str) -> int:
+    """Reads a size in bytes from text such as ``"64MiB"``, ``"1.5 GB"`` or ``"4096"``.
+
+    KB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB of 1024. Raises ``ValueError`` for anything else.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write bytes, or a number with a unit such as 64MiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
+
+
+def format_size(nbytes: float) -> str:
+    """Writes a size in bytes for people, in the largest binary unit that it fills."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:  # noqa: PLR2004 - the step between binary units
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def _default_threads() -> int:
+    """One reader a core that this process may use, up to 8: more fall behind, as they fill the last-level cache."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a loader works; every field has a default that suits a machine with one GPU.
+
+    ``chunk_size`` (bytes) is the most that one staging buffer takes; ``staging`` (bytes) the budget of all of them,
+    read scratch included; ``threads`` the reading and decoding threads; ``streams`` the device streams;
+    ``depth`` the chunks that may be under way on one stream; ``retries`` how often a read that failed for a passing
+    reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
+    ``nice`` what the worker threads add to the process's niceness, so that an event loop on the same cores runs first;
+    ``strict`` holds files to what ggml itself accepts. Raises ``OptionsError`` for a value that cannot be used.
+    """
+
+    chunk_size: int = 8 * _MIB
+    staging: int = 128 * _MIB
+    threads: int = field(default_factory=_default_threads)
+    streams: int = 2
+    depth: int = 2
+    retries: int = 3
+    retry_delay: float = 0.05
+    nice: int = 10
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        least = {"chunk_size": 64 << 10, "threads": 1, "streams": 1, "depth": 1, "retries": 0, "nice": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise OptionsError(f"{name} is {getattr(self, name)}, at least {bound} is needed", option=name)
+        if self.retry_delay < 0:
+            raise OptionsError(f"retry_delay is {self.retry_delay}, it cannot be negative", option="retry_delay")
+        if self.chunk_size % 4096:
+            raise OptionsError(f"chunk_size is {self.chunk_size}, no multiple of 4096", option="chunk_size")
+        if self.staging < 2 * self.chunk_size:
+            raise OptionsError(
+                f"staging is {self.staging}, it must hold two chunks of {self.chunk_size} bytes", option="staging"
+            )
+
+    @property
+    def buffers(self) -> int:
+        """How many staging buffers the budget gives."""
+        return self.staging // self.chunk_size
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
+        """Reads ``ASYNCLOAD_CHUNK_SIZE=64MiB`` and its like; what is not set keeps its default.
+
+        Raises ``OptionsError`` for a value that cannot be read or used.
+        """
+        environ = os.environ if environ is None else environ
+        readers: dict[str, Callable[[str], Any]] = {"chunk_size": parse_size, "staging": parse_size, "retry_delay": float, "strict": _parse_bool}
+        values: dict[str, Any] = {}
+        for option in fields(cls):
+            text = environ.get(_PREFIX + option.name.upper())
+            if text is None:
+                continue
+            try:
+                values[option.name] = readers.get(option.name, int)(text)
+            except ValueError as error:
+                raise OptionsError(f"{_PREFIX}{option.name.upper()}={text!r}: {error}", option=option.name) from error
+        return cls(**values)
+
+
+def _parse_bool(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    try:
+        return values[text.strip().lower()]
+    except KeyError:
+        raise ValueError("write 1 or 0") from None

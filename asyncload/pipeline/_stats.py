@@ -1,0 +1,104 @@
+"""Where a load's time went."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from asyncload.options import Options
+
+__all__ = ["LoadStats", "StageStats", "Stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageStats:
+    """One stage: ``seconds`` of work summed over its ``workers``, ``nbytes`` that came out, and its share of the wall.
+
+    ``utilization`` is 1 when all workers of the stage were busy all the time.
+    """
+
+    seconds: float
+    nbytes: int
+    workers: int
+    utilization: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStats:
+    """What a load took: ``wall`` seconds, ``stages`` by name (read, decode, upload), bytes, and retries of reads."""
+
+    wall: float
+    stages: dict[str, StageStats]
+    retries: int
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that came from the source."""
+        return self.stages["read"].nbytes
+
+    @property
+    def bytes_uploaded(self) -> int:
+        """Bytes that went to the device."""
+        return self.stages["upload"].nbytes
+
+    @property
+    def rate(self) -> float:
+        """Bytes on the device a second."""
+        return self.bytes_uploaded / self.wall if self.wall > 0 else 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage whose workers were busiest; read and decode share theirs, so the larger stands for both."""
+        read, decode, upload = (self.stages[name] for name in ("read", "decode", "upload"))
+        if upload.utilization >= read.utilization + decode.utilization:
+            return "upload"
+        return "decode" if decode.seconds > read.seconds else "read"
+
+
+class Stats:
+    """Collects a load's figures; thread-safe."""
+
+    def __init__(self, options: Options) -> None:
+        self._lock = threading.Lock()
+        self._begin = begin = time.perf_counter()
+        self._workers = {"read": options.threads, "decode": options.threads, "upload": 1}
+        self._seconds = dict.fromkeys(self._workers, 0.0)
+        self._nbytes = dict.fromkeys(self._workers, 0)
+        self._upload_until = begin
+        self.retries = 0
+
+    @contextmanager
+    def working(self, stage: str, nbytes: int) -> Iterator[None]:
+        """Counts the time of the block, and, if it does not raise, ``nbytes`` bytes, to a stage."""
+        begin = time.perf_counter()
+        yield
+        with self._lock:
+            self._seconds[stage] += time.perf_counter() - begin
+            self._nbytes[stage] += nbytes
+
+    def uploaded(self, begin: float, end: float, nbytes: int) -> None:
+        """Counts a copy of ``nbytes`` that was under way from ``begin`` to ``end`` (``time.perf_counter``)."""
+        with self._lock:
+            # copies of several streams overlap: what counts is the time in which at least one was under way
+            self._seconds["upload"] += max(0.0, end - max(begin, self._upload_until))
+            self._upload_until = max(self._upload_until, end)
+            self._nbytes["upload"] += nbytes
+
+    def result(self) -> LoadStats:
+        """The figures until now."""
+        with self._lock:
+            wall = time.perf_counter() - self._begin
+            seconds = self._seconds
+            return LoadStats(
+                wall,
+                {
+                    stage: StageStats(
+                        seconds[stage], self._nbytes[stage], workers, seconds[stage] / (wall * workers) if wall else 0.0
+                    )
+                    for stage, workers in self._workers.items()
+                },
+                self.retries,
+            )

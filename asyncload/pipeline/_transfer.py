@@ -1,0 +1,258 @@
+"""The way of a load's bytes: producers, one bounded queue, consumers, completions.
+
+Who owns a staging buffer is always plain: the transfer, from the moment it is acquired until its copies are submitted;
+the stream, until their event has passed. A task never goes on while a thread still works for it (see
+``asyncload.threads``), so when all tasks have ended, what the transfer still holds is idle and goes back at once, and
+what the streams hold comes back by itself: that is the drain.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from asyncload.device import DeviceMemory
+from asyncload.errors import AsyncloadError, CopyError, SourceError
+from asyncload.memory import StagingBuffer
+from asyncload.pipeline._engine import Engine
+from asyncload.pipeline._stats import Stats
+from asyncload.pipeline._streams import Copy, StreamWorker
+from asyncload.plan import Chunk, LoadPlan
+from asyncload.quant import decode
+from asyncload.source import BlockingSource, Source, check_read
+from asyncload.threads import LoopHandle, settle
+
+__all__ = ["Sink", "Transfer"]
+
+
+class Sink:
+    """What a transfer asks of the one who runs it; all methods run on the event loop."""
+
+    async def admit(self, chunk: Chunk) -> None:
+        """Waits until the tensors of a new group may be moved; called once for each group, in order."""
+
+    def target(self, tensor: int) -> DeviceMemory:
+        """Where a tensor goes; its group has been admitted."""
+        raise NotImplementedError
+
+    def landed(self, tensor: int) -> None:
+        """All bytes of a tensor are on the device."""
+
+    def moved(self, nbytes: int) -> None:
+        """A chunk of that many bytes is on the device."""
+
+
+@dataclass(slots=True)
+class _Filled:
+    chunk: Chunk
+    buffer: StagingBuffer
+
+
+@dataclass(slots=True)
+class _Arrival:
+    chunk: Chunk
+    error: BaseException | None
+
+
+class Transfer:
+    """Moves the tensors of a plan from their sources into device memory, once, but for those to skip."""
+
+    def __init__(
+        self, engine: Engine, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
+    ) -> None:
+        self._engine, self._plan, self._sources, self._sink = engine, plan, sources, sink
+        self.stats = Stats(engine.options)
+        self._chunks: Iterator[Chunk] = plan.chunks(skip)
+        self._group = -1
+        self._next_chunk = anyio.Lock(fast_acquire=True)
+        self._missing = [tensor.nbytes for tensor in plan.tensors]
+        self._tensors_left = len(plan.tensors) - len(skip)
+        self._share = engine.staging.share()
+        self._held: set[StagingBuffer] = set()  # touched on the loop only
+        self._loop = LoopHandle()
+        self._lock = threading.Lock()
+        self._arrivals: deque[_Arrival] = deque()
+        self._on_device = 0
+        self._drained = anyio.Event()
+        self._finished = anyio.Event()
+        self._error: BaseException | None = None
+
+    async def run(self) -> None:
+        """Moves everything; returns when the last event has passed.
+
+        Raises the first error of a source, a copy or the sink. However it ends, no thread and no copy of this transfer
+        is under way any more, and all staging memory is back.
+        """
+        try:
+            await self._run_tasks()
+        finally:
+            await self._drain()
+        if self._error is not None:
+            raise self._error
+
+    async def _run_tasks(self) -> None:
+        if not self._tensors_left:
+            return
+        options, streams = self._engine.options, self._engine.streams
+        send, receive = anyio.create_memory_object_stream[_Filled](options.buffers)
+        with send, receive:
+            async with anyio.create_task_group() as group:
+                for _ in range(options.threads + 1):  # one more, so that a buffer is at hand when a thread is free
+                    group.start_soon(self._guard, self._produce, send)
+                for stream in streams:
+                    group.start_soon(self._guard, self._consume, receive, stream)
+                await self._finished.wait()
+                group.cancel_scope.cancel()
+        if not self._finished.is_set():  # a task was cancelled from outside, by the loop's own end
+            raise anyio.get_cancelled_exc_class()
+
+    async def _drain(self) -> None:
+        for buffer in self._held:
+            buffer.release()
+        self._held.clear()
+        if self._on_device:
+            self._drained = anyio.Event()
+            await settle(self._drained)
+
+    async def _guard(self, work: Callable[..., Awaitable[object]], *args: object) -> None:
+        try:
+            await work(*args)
+        except Exception as error:  # noqa: BLE001 - it is raised by run, without the task group's wrapping
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+        elif error is not self._error:
+            self._error.add_note(f"then also: {type(error).__name__}: {error}")
+        self._finished.set()
+
+    # Producers
+
+    async def _produce(self, send: MemoryObjectSendStream[_Filled]) -> None:
+        while True:
+            async with self._next_chunk:  # in order, so that groups are admitted one after the other
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    return
+                if chunk.group != self._group:
+                    self._group = chunk.group
+                    await self._sink.admit(chunk)
+                buffer = await self._share.acquire()
+                self._held.add(buffer)
+            await self._fill(chunk, buffer)
+            await send.send(_Filled(chunk, buffer))
+
+    async def _fill(self, chunk: Chunk, buffer: StagingBuffer) -> None:
+        source, options = self._sources[chunk.part], self._engine.options
+        check_read(source, chunk.offset, chunk.nbytes)
+        for attempt in range(options.retries + 1):
+            try:
+                if isinstance(source, BlockingSource):
+                    await self._engine.readers.run(self._read_and_decode, source, chunk, buffer)
+                else:
+                    with self.stats.working("read", chunk.nbytes):
+                        await source.read_into(chunk.offset, buffer.view[: chunk.nbytes])
+                    await self._engine.readers.run(self._decode, chunk, buffer)
+            except SourceError as error:
+                if not error.transient or attempt == options.retries:
+                    raise
+                self.stats.retries += 1
+                await anyio.sleep(options.retry_delay * 2**attempt)
+            else:
+                return
+
+    def _read_and_decode(self, source: BlockingSource, chunk: Chunk, buffer: StagingBuffer) -> None:
+        if self._finished.is_set():
+            return  # nobody wants it any more
+        with self.stats.working("read", chunk.nbytes):
+            source.read_into_blocking(chunk.offset, buffer.view[: chunk.nbytes])
+        self._decode(chunk, buffer)
+
+    def _decode(self, chunk: Chunk, buffer: StagingBuffer) -> None:
+        for segment in chunk.segments:
+            tensor = self._plan.tensors[segment.tensor]
+            if tensor.decoded and segment.target_nbytes:
+                with self.stats.working("decode", segment.target_nbytes):
+                    decode(
+                        tensor.info.type,
+                        tensor.dtype,
+                        buffer.view[segment.source_offset : segment.source_offset + segment.source_nbytes],
+                        buffer.view[segment.upload_offset : segment.upload_offset + segment.target_nbytes],
+                    )
+
+    # Consumers
+
+    async def _consume(self, receive: MemoryObjectReceiveStream[_Filled], stream: StreamWorker) -> None:
+        while True:  # until all has arrived and the group is cancelled
+            filled = await receive.receive()
+            buffer = filled.buffer
+            copies = [
+                Copy(
+                    self._sink.target(segment.tensor),
+                    segment.target_offset,
+                    buffer.memory,
+                    buffer.offset + segment.upload_offset,
+                    segment.target_nbytes,
+                )
+                for segment in filled.chunk.segments
+                if segment.target_nbytes
+            ]
+            self._held.discard(buffer)
+            with self._lock:
+                self._on_device += 1
+            await stream.submit(copies, partial(self._passed, filled))
+
+    def _passed(self, filled: _Filled, error: BaseException | None, begin: float) -> None:
+        """An event has passed; on the stream's thread."""
+        self.stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes)
+        filled.buffer.release()
+        with self._lock:
+            self._on_device -= 1
+            self._arrivals.append(_Arrival(filled.chunk, error))
+            told = len(self._arrivals) > 1
+        if not told:  # else the loop takes this one along
+            self._loop.post(self._take_arrivals)
+
+    def _take_arrivals(self) -> None:
+        """Accounts for what has arrived; on the loop."""
+        while True:
+            with self._lock:
+                if not self._arrivals:
+                    break
+                arrival = self._arrivals.popleft()
+            if arrival.error is not None:
+                self._fail(self._copy_error(arrival))
+            else:
+                try:
+                    self._arrived(arrival.chunk)
+                except Exception as error:  # noqa: BLE001 - the sink's, a callback's for example
+                    self._fail(error)
+        if not self._on_device:
+            self._drained.set()
+
+    def _arrived(self, chunk: Chunk) -> None:
+        landed = []
+        for segment in chunk.segments:
+            self._missing[segment.tensor] -= segment.target_nbytes
+            if self._missing[segment.tensor] == 0:
+                landed.append(segment.tensor)
+        self._tensors_left -= len(landed)
+        for tensor in landed:
+            self._sink.landed(tensor)
+        self._sink.moved(chunk.upload_nbytes)
+        if not self._tensors_left:
+            self._finished.set()
+
+    def _copy_error(self, arrival: _Arrival) -> BaseException:
+        error = arrival.error
+        if isinstance(error, CopyError) and error.tensor is None:
+            error.tensor = self._plan.tensors[arrival.chunk.segments[0].tensor].info.name
+        return error if error is not None else AsyncloadError("a copy failed")

@@ -1,0 +1,131 @@
+"""Blocks to numbers: what each ggml type decodes to, and the host kernels that decode it.
+
+Importing this room costs nothing: numpy and Numba come with ``prepare``, which runs on a worker thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import StrEnum
+from typing import Final, Self
+
+from asyncload.errors import OptionsError
+from asyncload.gguf import GGMLType
+
+__all__ = ["DType", "can_decode", "decode", "native_dtype", "prepare"]
+
+
+class DType(StrEnum):
+    """The type of a tensor's elements, by the name that numpy and torch share; ``itemsize`` in bytes."""
+
+    itemsize: int
+
+    def __new__(cls, name: str, itemsize: int) -> Self:
+        """A member with its name and the bytes that one element takes."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.itemsize = itemsize
+        return member
+
+    FLOAT64 = "float64", 8
+    FLOAT32 = "float32", 4
+    FLOAT16 = "float16", 2
+    BFLOAT16 = "bfloat16", 2
+    INT64 = "int64", 8
+    INT32 = "int32", 4
+    INT16 = "int16", 2
+    INT8 = "int8", 1
+    UINT8 = "uint8", 1
+
+    @classmethod
+    def parse(cls, text: str) -> DType:
+        """Reads a dtype from its name or a usual short form, such as ``"bf16"``, ``"half"`` or ``"f32"``.
+
+        Raises ``OptionsError`` for anything else.
+        """
+        name = text.strip().lower()
+        try:
+            return cls(_ALIASES.get(name, name))
+        except ValueError:
+            raise OptionsError(f"{text!r} is no dtype: use float32, float16 or bfloat16", option="dtype") from None
+
+
+_ALIASES: Final = {
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "f32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+    "f64": "float64",
+    "fp64": "float64",
+    "double": "float64",
+    **{f"i{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+}
+_NATIVE: Final = {
+    GGMLType.F64: DType.FLOAT64,
+    GGMLType.F32: DType.FLOAT32,
+    GGMLType.F16: DType.FLOAT16,
+    GGMLType.BF16: DType.BFLOAT16,
+    GGMLType.I64: DType.INT64,
+    GGMLType.I32: DType.INT32,
+    GGMLType.I16: DType.INT16,
+    GGMLType.I8: DType.INT8,
+}
+_DECODED: Final = frozenset(
+    {
+        GGMLType.F32,
+        GGMLType.F16,
+        GGMLType.BF16,
+        GGMLType.Q4_0,
+        GGMLType.Q4_1,
+        GGMLType.Q5_0,
+        GGMLType.Q5_1,
+        GGMLType.Q8_0,
+        GGMLType.Q4_K,
+        GGMLType.Q5_K,
+        GGMLType.Q6_K,
+    }
+)
+_FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
+
+
+def native_dtype(type: GGMLType) -> DType | None:  # noqa: A002 - the field's name
+    """The dtype that a type's bytes already are, or None for a quantized type."""
+    return _NATIVE.get(type)
+
+
+def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002
+    """Whether ``decode`` can make elements of ``dtype`` from a type's blocks; plain types can always stay as they are."""
+    return _NATIVE.get(type) is dtype or (type in _DECODED and dtype in _FLOATS)
+
+
+def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:
+    """Makes the kernels for these pairs ready in this process, so that ``decode`` only computes.
+
+    Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled in a subprocess then, since
+    the compiler holds the interpreter lock. Where the cache cannot be written it is compiled here, and the logger
+    ``asyncload.quant`` says so. May be called on any thread. Raises ``UnsupportedQuantError`` for a pair that
+    ``can_decode`` denies, before anything is compiled.
+    """
+    from asyncload.quant._prepare import prepare as prepare_kernels
+
+    prepare_kernels(pairs)
+
+
+def decode(type: GGMLType, dtype: DType, source: memoryview, target: memoryview) -> None:  # noqa: A002
+    """Decodes whole blocks of ``type`` into elements of ``dtype``; both views are contiguous and lie anywhere in memory.
+
+    In float32 the values are those of ggml's reference decoders, bit for bit; float16 and bfloat16 are these rounded to
+    the nearest, ties to even; a NaN stays one. Where ``dtype`` is what the bytes already are, they are copied. The
+    interpreter lock is released meanwhile. A pair that ``prepare`` has not seen is prepared first. The views must not
+    overlap.
+
+    Raises ``UnsupportedQuantError`` for a pair that ``can_decode`` denies, ``RangeError`` unless source and target hold
+    the same number of weights in whole blocks, ``TypeError`` for a target that is read-only, ``ValueError`` for a view
+    that is not contiguous.
+    """
+    from asyncload.quant._decode import decode as decode_blocks
+
+    decode_blocks(type, dtype, source, target)

@@ -1,0 +1,145 @@
+"""What the decoder of a block is written in: it loads fields, computes with vectors, and stores weights.
+
+A decoder is a function of one ``Block``. What it writes is straight-line vector code, so nothing is left to an
+auto-vectorizer, and LLVM cuts the vectors into what the processor has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncload.quant import DType
+from asyncload.quant._rounding import float_to_bfloat16, float_to_half, half_to_float
+from asyncload.quant._vector import FLOAT, HALF, I8, I16, I32, I64, Lane, Vector, constant, ir
+
+__all__ = ["Block", "Decoder", "Processor"]
+
+_CACHE_LINE: Final = 64  # bytes
+_PREFETCH_AHEAD: Final = 2048  # bytes: far enough for memory to answer, near enough to stay in the first-level cache
+_PIECE: Final = 16  # lanes converted and stored at a time; 16-bit results of 32 lanes would be merged from halves, slowly
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What the processor that is compiled for can do beyond the portable code.
+
+    ``half``: it converts between float16 and float32 (where it cannot, LLVM would call library functions that the
+    process does not have). ``permute``: it looks lanes up in a register by variable index (AVX-512BW).
+    """
+
+    half: bool
+    permute: bool
+
+
+class Block:
+    """The bytes of one block, and the ``weights`` elements of ``dtype`` that they decode to; offsets are in bytes."""
+
+    def __init__(self, builder: Any, source: Any, target: Any, weights: int, dtype: DType, processor: Processor) -> None:
+        self.weights = weights
+        self._builder = builder
+        self._source = source
+        self._target = target
+        self._dtype = dtype
+        self._processor = processor
+
+    # --- fields ------------------------------------------------------------------------------------------------------
+
+    def load(self, offset: int, lanes: int, element: Any = I8) -> Vector:
+        """``lanes`` consecutive elements, bytes unless told otherwise."""
+        pointer = self._builder.gep(self._source, [ir.Constant(I64, offset)], inbounds=True)
+        pointer = self._builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer())
+        return Vector(self._builder, self._builder.load(pointer, align=1))
+
+    def halves(self, offset: int, lanes: int) -> Vector:
+        """``lanes`` consecutive float16 numbers, as float32."""
+        return half_to_float(self.load(offset, lanes, HALF), native=self._processor.half)
+
+    def half(self, offset: int) -> Lane:
+        """One float16 number, as float32.
+
+        It is loaded with its neighbours (those before it where it ends its block, as in Q6_K): a load of one alone is
+        an insertion into a register, which then waits for that register's last use, a whole block ago.
+        """
+        before = 3 if offset >= 6 else 0
+        return self.halves(offset - 2 * before, 4)[before]
+
+    def nibbles(self, offset: int, count: int) -> tuple[Vector, Vector]:
+        """The low and the high four bits of ``count`` bytes, as bytes."""
+        codes = self.load(offset, count)
+        return codes & 0xF, codes >> 4
+
+    def bits(self, offset: int, count: int) -> Vector:
+        """``count`` bits, the lowest first, as bytes of 0 or 1."""
+        return self.load(offset, count // 8).cast(ir.IntType(1)).widen(I8)
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def store(self, index: int, values: Vector) -> None:
+        """Rounds float32 values to the block's dtype and stores them from weight ``index`` on."""
+        lanes = min(_PIECE, values.lanes)
+        for start in range(0, values.lanes, lanes):
+            self._write(index + start, self._round(values.part(start, lanes)))
+
+    def decode(self, index: int, codes: Vector, n_bits: int, value: Callable[[Vector], Vector]) -> None:
+        """Stores ``value(codes)`` for 32 codes of ``n_bits`` bits, from weight ``index`` on.
+
+        Where the processor can look them up, ``value`` is computed, and rounded, once for each code that can occur.
+        """
+        if not self._processor.permute:
+            self.store(index, value(codes))
+            return
+        every = Vector(self._builder, constant(I8, range(_PIECE)))
+        table = [self._round(value(every + start)) for start in range(0, 1 << n_bits, _PIECE)]
+        if self._dtype is DType.FLOAT32:
+            for start in range(0, codes.lanes, _PIECE):
+                self._write(index + start, self._look_up_float(table, codes.part(start, _PIECE).widen(I32)))
+        else:
+            both = table[0].join(table[-1])
+            self._write(index, self._call("llvm.x86.avx512.permvar.hi.512", both, codes.widen(I16)))
+
+    def _look_up_float(self, table: list[Vector], indices: Vector) -> Vector:
+        if len(table) == 1:
+            return self._call("llvm.x86.avx512.permvar.sf.512", table[0], indices)
+        return self._call("llvm.x86.avx512.vpermi2var.ps.512", table[0], indices, table[1])
+
+    def _round(self, values: Vector) -> Vector:
+        """Float32 values as the bits of the block's dtype."""
+        match self._dtype:
+            case DType.FLOAT16:
+                return float_to_half(values, native=self._processor.half)
+            case DType.BFLOAT16:
+                return float_to_bfloat16(values)
+            case _:
+                return values
+
+    def _write(self, index: int, elements: Vector) -> None:
+        """Stores elements, and has the processor fetch the cache line that will be stored to a little later.
+
+        To own a line before it is stored to is what lets one core reach the memory's bandwidth.
+        """
+        size = self._dtype.itemsize
+        pointer = self._builder.gep(self._target, [ir.Constant(I64, index * size)], inbounds=True)
+        for offset in range(0, elements.lanes * size, _CACHE_LINE):
+            if (index * size + offset) % _CACHE_LINE == 0:
+                ahead = self._builder.gep(pointer, [ir.Constant(I64, _PREFETCH_AHEAD + offset)])
+                write, keep, data = (ir.Constant(I32, number) for number in (1, 3, 1))
+                self._function("llvm.prefetch.p0", ir.VoidType(), ahead, write, keep, data)
+        pointer = self._builder.bitcast(pointer, elements.value.type.as_pointer())
+        self._builder.store(elements.value, pointer, align=1)
+
+    def _call(self, name: str, *arguments: Vector) -> Vector:
+        """Calls an LLVM intrinsic that returns what its first argument is."""
+        values = [argument.value for argument in arguments]
+        return Vector(self._builder, self._function(name, values[0].type, *values))
+
+    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
+        module = self._builder.module
+        function = module.globals.get(name)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(result, [argument.type for argument in arguments]), name)
+        return self._builder.call(function, arguments)
+
+
+Decoder = Callable[[Block], None]

@@ -1,0 +1,135 @@
+"""One Numba function for all pairs of type and dtype: its first argument's type names the pair, intrinsics write the code.
+
+So there is one function, with one index in Numba's cache on disk, and a signature a pair. (Functions made in closures
+over their intrinsics would never be found there again.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import numba
+import numba.core.registry
+import numba.extending
+
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, _block, _floats, _kquants, _legacy, _rounding, _vector
+from asyncload.quant._block import Block, Decoder, Processor
+from asyncload.quant._vector import I8, I64, ir
+
+__all__ = ["DECODERS", "KERNEL", "processor", "signature"]
+
+DECODERS: Final[dict[GGMLType, Decoder]] = {**_floats.DECODERS, **_legacy.DECODERS, **_kquants.DECODERS}
+
+_nb: Any = numba  # it carries no types
+_SOURCES: Final = (_block, _floats, _kquants, _legacy, _rounding, _vector)
+_BULK: Final = 32  # weights of a plain float type that are decoded at a time
+_LEVELS: Final = {"x86-64-v3": {"f16c"}, "x86-64-v4": {"f16c", "avx512bw"}}  # of the psABI's processor levels
+
+
+def _target() -> tuple[str, str, str]:
+    """The triple, processor and features that Numba compiles for (``NUMBA_CPU_NAME`` and its like may set them)."""
+    triple, name, features = _nb.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    return triple, name, features
+
+
+def processor() -> Processor:
+    """What the compiled code can use of the processor."""
+    triple, name, flags = _target()
+    features = {flag[1:] for flag in flags.split(",") if flag.startswith("+")} | _LEVELS.get(name, set())
+    features -= {flag[1:] for flag in flags.split(",") if flag.startswith("-")}
+    half = "f16c" in features or triple.startswith(("aarch64", "arm64"))
+    return Processor(half=half, permute="avx512bw" in features)
+
+
+@cache
+def _version() -> str:
+    """A hash of all that the machine code depends on, as Numba's index watches this file alone.
+
+    It is part of each signature, so code from other sources, or for another processor, is never taken for this one's,
+    whatever happened to the index.
+    """
+    digest = sha256(repr((_target(), numba.__version__)).encode())
+    for module in _SOURCES:
+        try:
+            digest.update(Path(str(module.__file__)).read_bytes())
+        except OSError:  # a frozen application has no sources; Numba watches the executable then
+            continue
+    return digest.hexdigest()[:16]
+
+
+def signature(type: GGMLType, dtype: DType) -> tuple[Any, ...]:  # noqa: A002 - the field's name
+    """The kernel's argument types for a pair: what to do, the addresses of source and target, the number of blocks."""
+    types = _nb.types
+    return types.literal(f"{type.name} {dtype} {_version()}"), types.intp, types.intp, types.intp
+
+
+def _pair(coding: Any) -> tuple[GGMLType, DType]:
+    """The pair that the kernel's first argument names by its type."""
+    type_name, dtype, _ = coding.literal_value.split()
+    return GGMLType[type_name], DType(dtype)
+
+
+def _group_size(_typing: Any, coding: Any) -> Any:
+    """How many blocks are decoded at a time, as a constant."""
+    type_, _ = _pair(coding)
+    size = 1 if type_.quantized else _BULK
+    return _nb.types.intp(coding), lambda *_: ir.Constant(I64, size)
+
+
+def _decode_at(size: int, coding: Any, source: Any, target: Any, index: Any) -> Any:
+    """The signature and the code generator of an intrinsic that decodes the ``index``-th group of ``size`` blocks."""
+    type_, dtype = _pair(coding)
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        _, source, target, index = arguments
+        weights = type_.block_size * size
+        pointers = [
+            builder.inttoptr(builder.add(address, builder.mul(index, ir.Constant(I64, nbytes))), I8.as_pointer())
+            for address, nbytes in ((source, type_.type_size * size), (target, weights * dtype.itemsize))
+        ]
+        DECODERS[type_](Block(builder, *pointers, weights, dtype, processor()))
+        return context.get_dummy_value()
+
+    return _nb.types.void(coding, source, target, index), generate
+
+
+def _decode_group(_typing: Any, coding: Any, source: Any, target: Any, index: Any) -> Any:
+    type_, _ = _pair(coding)
+    return _decode_at(1 if type_.quantized else _BULK, coding, source, target, index)
+
+
+def _decode_one(_typing: Any, coding: Any, source: Any, target: Any, index: Any) -> Any:
+    return _decode_at(1, coding, source, target, index)
+
+
+_intrinsic: Any = _nb.extending.intrinsic(prefer_literal=True)
+group_size: Any = _intrinsic(_group_size)
+decode_group: Any = _intrinsic(_decode_group)
+decode_one: Any = _intrinsic(_decode_one)
+
+
+def _decode_blocks(coding: Any, source: Any, target: Any, count: int) -> None:
+    """Decodes ``count`` blocks; compiled, once for each pair."""
+    size = group_size(coding)
+    groups = count // size
+    for group in range(groups):
+        decode_group(coding, source, target, group)
+    for block in range(groups * size, count):
+        decode_one(coding, source, target, block)
+
+
+def _jit(function: Callable[..., None]) -> Any:
+    """Compiles without the interpreter lock and without fast math; cached on disk where a folder can be written to."""
+    kernel = _nb.njit(nogil=True, error_model="numpy")(function)
+    with suppress(RuntimeError):  # neither beside this file nor in the user's cache
+        kernel.enable_caching()
+    return kernel
+
+
+KERNEL: Final[Any] = _jit(_decode_blocks)

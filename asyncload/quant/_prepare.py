@@ -1,0 +1,127 @@
+"""Kernels made ready: from the cache on disk, which a subprocess fills where it is cold."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from asyncload.errors import UnsupportedQuantError
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, can_decode, native_dtype
+
+if TYPE_CHECKING:
+    from asyncload.quant._compiled import Entry
+
+__all__ = ["READY", "prepare"]
+
+Pair = tuple[GGMLType, DType]
+
+READY: Final[dict[Pair, Entry]] = {}
+
+_log: Final = logging.getLogger("asyncload.quant")
+_lock: Final = threading.Lock()
+_COMPILE_TIMEOUT: Final = 300.0  # seconds for all kernels; each takes a tenth on a machine with nothing else to do
+_HOLD: Final = 0.001  # seconds that the interpreter lock is kept at a time
+_PAUSE: Final = 0.0001  # seconds in which a thread that waits for it can take it
+
+
+def prepare(pairs: Collection[Pair]) -> None:
+    """Fills ``READY`` for these pairs; see ``asyncload.quant.prepare``."""
+    for type_, dtype in pairs:
+        if not can_decode(type_, dtype):
+            raise UnsupportedQuantError(
+                f"{type_.name} cannot be decoded to {dtype}", tensor="", type=type_.name, dtype=str(dtype)
+            )
+    wanted = [pair for pair in dict.fromkeys(pairs) if native_dtype(pair[0]) is not pair[1]]
+    if all(pair in READY for pair in wanted):
+        return
+    with _lock, _yielding():
+        from asyncload.quant._compiled import compile_kernel
+
+        cold = _load(wanted)
+        if cold and _fill_cache(cold):
+            cold = _load(cold)
+        if cold:
+            _log.warning("compiling %s in this process, which holds its interpreter lock meanwhile", _names(cold))
+        for pair in cold:
+            READY[pair] = compile_kernel(*pair)
+
+
+def _load(pairs: Sequence[Pair]) -> list[Pair]:
+    """Makes the pairs ready that are in the cache, and returns the others."""
+    from asyncload.quant._compiled import load_kernel
+
+    cold: list[Pair] = []
+    for pair in pairs:
+        if pair in READY:
+            continue
+        if (entry := load_kernel(*pair)) is None:
+            cold.append(pair)
+        else:
+            READY[pair] = entry
+    return cold
+
+
+def _fill_cache(pairs: Sequence[Pair]) -> bool:
+    """Compiles into the cache in a subprocess, and says whether that went well."""
+    from asyncload.quant._compiled import cache_folder
+
+    if cache_folder() is None or getattr(sys, "frozen", False) or not sys.executable:
+        return False
+    # the same packages as here; -P keeps the working directory's out
+    command = [sys.executable, "-P", "-m", "asyncload.quant._warm", *_names(pairs)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    started = time.monotonic()
+    try:
+        subprocess.run(  # noqa: S603 - our own module
+            command,
+            env=environment,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=_COMPILE_TIMEOUT,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("kernels could not be compiled in a subprocess: %s\n%s", error, getattr(error, "stderr", ""))
+        return False
+    _log.info("compiled %s in %.1f s", ", ".join(_names(pairs)), time.monotonic() - started)
+    return True
+
+
+def _names(pairs: Sequence[Pair]) -> list[str]:
+    """The pairs as ``_warm`` takes them."""
+    return [f"{type_.name}:{dtype}" for type_, dtype in pairs]
+
+
+@contextmanager
+def _yielding() -> Iterator[None]:
+    """Lets other threads run at least every millisecond while this one imports Numba and loads what it has cached.
+
+    An event loop that wakes up would otherwise wait for the interpreter's switch interval of 5 ms, each time. A profile
+    function, which concerns this thread alone, is where a thread can be stopped between any two calls.
+    """
+    if threading.current_thread() is threading.main_thread() or sys.getprofile() is not None:
+        yield
+        return
+    released = time.perf_counter()
+
+    def release(*_: Any) -> None:
+        nonlocal released
+        if time.perf_counter() - released > _HOLD:
+            time.sleep(_PAUSE)
+            released = time.perf_counter()
+
+    sys.setprofile(release)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)

@@ -1,0 +1,116 @@
+"""Threads that run blocking calls for an event loop, and keep their word under cancellation.
+
+``anyio.to_thread`` leaves its thread running when a native asyncio cancellation pierces its shield. Here the one who
+awaits a call never goes on before the call has ended, however often he is cancelled; so whatever a task lends to its
+thread, the thread has given back when the task runs again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, ParamSpec, TypeVar, cast
+
+import anyio
+from anyio.lowlevel import cancel_shielded_checkpoint, current_token
+
+__all__ = ["LoopHandle", "Threads", "lower_priority", "run_in_thread", "settle"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LOWEST_NICE = 19
+
+
+class LoopHandle:
+    """The running event loop, kept so that other threads can post calls to it."""
+
+    def __init__(self) -> None:
+        native = cast("Any", current_token().native_token)
+        # asyncio's and trio's names for the same thing; both wake the loop and return at once
+        self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+
+    def post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Has the loop call ``function`` soon; does nothing when the loop has ended, as nobody waits in it then."""
+        with suppress(RuntimeError):
+            self._post(function, *args, **kwargs)
+
+
+async def settle(event: anyio.Event) -> None:
+    """Waits for ``event`` however often the caller is cancelled.
+
+    A native asyncio cancellation is raised afterwards, one of anyio's scopes at the next checkpoint.
+    """
+    cancelled: BaseException | None = None
+    with anyio.CancelScope(shield=True):
+        while not event.is_set():
+            try:
+                await event.wait()
+            except anyio.get_cancelled_exc_class() as error:  # a native asyncio cancellation pierces the shield
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
+async def _outcome(future: Future[T]) -> T:
+    """The result of a call on another thread, awaited to its end."""
+    ended, loop = anyio.Event(), LoopHandle()
+    future.add_done_callback(lambda _: loop.post(ended.set))
+    await settle(ended)
+    return future.result()
+
+
+class Threads:
+    """A fixed number of named threads; ``nice`` is added to their niceness, and ``setup`` runs first in each."""
+
+    def __init__(self, count: int, name: str, *, nice: int = 0, setup: Callable[[], None] | None = None) -> None:
+        def start() -> None:
+            if nice:
+                lower_priority(nice)
+            if setup is not None:
+                setup()
+
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=start)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs ``function`` on one of the threads and returns what it returns, or raises what it raises.
+
+        A cancellation is delivered once the call has ended: anyio's at the next checkpoint, a native one of asyncio's
+        here. The result is lost then, so a call that opens something puts it where its owner finds it.
+        """
+        return await _outcome(self._executor.submit(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Waits for calls under way and ends the threads; blocks."""
+        self._executor.shutdown(wait=True)
+
+
+async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs one blocking call on a thread of its own, as ``Threads.run`` does; the thread has ended on return."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:  # noqa: BLE001 - it is the awaiting task's
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    thread = threading.Thread(target=call, name="asyncload-call")
+    thread.start()
+    try:
+        return await _outcome(future)
+    finally:
+        while thread.is_alive():  # the call has ended, so the thread is at its last instructions
+            await cancel_shielded_checkpoint()
+
+
+def lower_priority(nice: int) -> None:
+    """Adds to the calling thread's niceness (Linux keeps it for each thread)."""
+    thread = threading.get_native_id()
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + nice, _LOWEST_NICE))

@@ -1,0 +1,75 @@
+"""Host memory that one packed load adds, in a process of its own, against its bound: result + staging + 100 MB.
+
+The result counts only where it lies in host memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from asyncload import Loader, Options
+from asyncload.options import format_size
+from bench._common import make_parser, model_file, print_table, run_async, write_record
+
+_ALLOWANCE = 100_000_000
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: ``VmRSS`` now, ``VmHWM`` at most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+async def child(file: str, device: str | None) -> dict[str, Any]:
+    """Loads the model and says how the process's memory went, in bytes."""
+    before = resident("VmRSS")
+    options = Options()
+    async with Loader(device, options=options) as loader:
+        entered = resident("VmRSS")
+        with await loader.load(file, dtype="packed") as model:
+            result = model.nbytes if model.device.kind == "host" else 0
+        peak = resident("VmHWM")
+    return {
+        "before": before,
+        "entered": entered,
+        "peak": peak,
+        "result": result,
+        "staging": options.staging,
+        "added": peak - before,
+        "bound": result + options.staging + _ALLOWANCE,
+    }
+
+
+def measure(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """Runs the load in a fresh process."""
+    command = [sys.executable, "-m", "bench.memory", "--child", str(file)]
+    command += ["--device", arguments.device] if arguments.device else []
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1]).stdout
+    results: dict[str, Any] = json.loads(output)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.child:
+        print(json.dumps(run_async(partial(child, arguments.child, arguments.device))))
+        return 0
+    with model_file(arguments) as file:
+        results = measure(arguments, file)
+    rows = [(name, format_size(nbytes)) for name, nbytes in results.items()]
+    print_table("host memory of a process that loads a model, packed", [("at", "bytes"), *rows])
+    write_record(arguments.json, "memory", results)
+    return 0 if results["added"] <= results["bound"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

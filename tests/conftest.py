@@ -1,0 +1,95 @@
+"""What all tests share: the matrix of backends, the watch over blocking calls, the needs that a machine may miss."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from blockbuster import blockbuster_ctx
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# Shared machines are slow at times, and a slow example is no failure: pytest-timeout guards against hangs.
+settings.register_profile("asyncload", deadline=None, max_examples=int(os.environ.get("ASYNCLOAD_EXAMPLES", "100")))
+settings.load_profile("asyncload")
+
+
+_BACKENDS: dict[str, tuple[str, dict[str, bool]]] = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+
+@pytest.fixture(params=_BACKENDS.values(), ids=list(_BACKENDS))
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Runs a test marked ``anyio`` once on each event loop that asyncload supports."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Makes a blocking call below asyncload's own code, on the thread of a running asyncio loop, an error.
+
+    What a test itself does on its loop is its own affair. Trio's loop is not seen by blockbuster; the same code runs
+    there.
+    """
+    if all(request.node.get_closest_marker(mark) is None for mark in ("anyio", "asyncio")):
+        yield
+        return
+    with blockbuster_ctx("asyncload"):
+        yield
+
+
+# --- what a machine may miss ----------------------------------------------------------------------------------------
+
+
+@cache
+def _missing_gpu() -> str | None:
+    """Why no CUDA device can be used here, or None."""
+    from asyncload.device import open_device
+    from asyncload.errors import AsyncloadError
+
+    try:
+        open_device("cuda").close()
+    except AsyncloadError as error:
+        return str(error)
+    return None
+
+
+def _missing_package(name: str) -> Callable[[], str | None]:
+    return lambda: None if find_spec(name) else f"{name} is not installed"
+
+
+_NEEDS: dict[str, Callable[[], str | None]] = {
+    "gpu": _missing_gpu,
+    "torch": _missing_package("torch"),
+    "cupy": _missing_package("cupy"),
+}
+_not_run: dict[str, list[str]] = {}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test whose need this machine misses, and keeps count; fails it where ``ASYNCLOAD_REQUIRE_GPU=1``."""
+    for need, missing in _NEEDS.items():
+        if item.get_closest_marker(need) is None:
+            continue
+        if (reason := missing()) is None:
+            continue
+        if need == "gpu" and os.environ.get("ASYNCLOAD_REQUIRE_GPU") == "1":
+            pytest.fail(f"ASYNCLOAD_REQUIRE_GPU=1, but: {reason}", pytrace=False)
+        _not_run.setdefault(need, []).append(reason)
+        pytest.skip(f"needs {need}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says loudly what did not run: silence is not success."""
+    for need, reasons in _not_run.items():
+        terminalreporter.write_sep("=", f"{need.upper()}: {len(reasons)} tests did NOT run", red=True, bold=True)
+        for reason in sorted(set(reasons)):
+            terminalreporter.write_line(f"{need.upper()}: {reason}", red=True)

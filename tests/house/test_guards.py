@@ -1,0 +1,98 @@
+"""The guards in conftest.py are able to bite: a pytest of its own runs tests that they must stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Code that claims to lie in asyncload and blocks its caller's thread.
+BLOCKING = f"""
+import time
+import pytest
+
+code = compile("def block():\\n    time.sleep(0)", {str(ROOT / "asyncload" / "imaginary.py")!r}, "exec")
+names = {{"time": time}}
+exec(code, names)
+"""
+
+
+@pytest.fixture
+def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyprojecttoml((ROOT / "pyproject.toml").read_text())
+    return pytester
+
+
+def run(inner: pytest.Pytester, source: str) -> pytest.RunResult:
+    path = inner.makepyfile(source)
+    return inner.runpytest_subprocess("-rP", "-p", "no:cacheprovider", path)
+
+
+def test_anyio_tests_run_on_every_backend(inner: pytest.Pytester) -> None:
+    result = run(
+        inner,
+        """
+        import pytest
+        import sniffio
+
+        @pytest.mark.anyio
+        async def test_backend():
+            loop = "trio"
+            if sniffio.current_async_library() == "asyncio":
+                import asyncio
+                loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+            print(f"[ran on {loop}]")
+        """,
+    )
+    result.assert_outcomes(passed=3)
+    for loop in ("asyncio", "uvloop", "trio"):
+        assert f"[ran on {loop}]" in result.stdout.str()
+
+
+@pytest.mark.parametrize("mark", ["anyio", "asyncio"])
+def test_blocking_calls_below_asyncload_fail(inner: pytest.Pytester, mark: str) -> None:
+    source = f"{BLOCKING}\n@pytest.mark.{mark}\nasync def test_it():\n    names['block']()\n"
+    result = run(inner, source)
+    assert "Blocking call to time.sleep" in result.stdout.str()
+    # blockbuster watches asyncio's loops only
+    result.assert_outcomes(**({"passed": 1, "failed": 2} if mark == "anyio" else {"failed": 1}))
+
+
+def test_blocking_calls_without_a_loop_pass(inner: pytest.Pytester) -> None:
+    run(inner, f"{BLOCKING}\ndef test_it():\n    names['block']()\n").assert_outcomes(passed=1)
+
+
+NEEDS_GPU = """
+import pytest
+
+@pytest.mark.gpu
+def test_one():
+    raise AssertionError("ran")
+
+@pytest.mark.gpu
+def test_two():
+    raise AssertionError("ran")
+"""
+
+
+def test_a_missing_gpu_is_said_loudly(inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("ASYNCLOAD_REQUIRE_GPU", raising=False)
+    result = run(inner, NEEDS_GPU)
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["*GPU: 2 tests did NOT run*", "GPU: *"])
+
+
+def test_a_missing_gpu_fails_where_one_is_required(inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("ASYNCLOAD_REQUIRE_GPU", "1")
+    result = run(inner, NEEDS_GPU)
+    assert result.parseoutcomes().get("failed", 0) + result.parseoutcomes().get("errors", 0) == 2
+    assert "ASYNCLOAD_REQUIRE_GPU=1, but: " in result.stdout.str()
+
+
+def test_warnings_are_errors(inner: pytest.Pytester) -> None:
+    run(inner, "import warnings\ndef test_it():\n    warnings.warn('careful')\n").assert_outcomes(failed=1)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncload.errors import RangeError, SourceChangedError, SourceNotFoundError, SourceReadError
+from asyncload.source import BlockingSource, MemorySource, Source, open_source
+from asyncload.testing import AsyncOnlySource, LatencySource, ThrottledSource
+from asyncload.threads import run_in_thread
+
+DATA = bytes(range(256)) * 100
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "data"
+    path.write_bytes(DATA)
+    return path
+
+
+class TestEverySource:
+    @pytest.fixture(params=["file", "memory", "async only", "latency", "throttled"])
+    def source(self, request: pytest.FixtureRequest, path: Path) -> Any:
+        file = open_source(path)
+        sources: dict[str, Source] = {
+            "file": file,
+            "memory": MemorySource(DATA),
+            "async only": AsyncOnlySource(file),
+            "latency": LatencySource(file, 0.0),
+            "throttled": ThrottledSource(file, 1e12),
+        }
+        yield sources[request.param]
+        file.close()
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize(("offset", "nbytes"), [(0, 0), (0, 1), (1, 255), (len(DATA) - 1, 1), (0, len(DATA))])
+    async def test_a_read_gives_exactly_its_range(self, source: Source, offset: int, nbytes: int) -> None:
+        buffer = bytearray(nbytes)
+        await source.read_into(offset, memoryview(buffer))
+        assert bytes(buffer) == DATA[offset : offset + nbytes]
+        if isinstance(source, BlockingSource):
+            again = bytearray(nbytes)
+            await run_in_thread(source.read_into_blocking, offset, memoryview(again))
+            assert again == buffer
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, len(DATA) + 1), (len(DATA), 1)])
+    async def test_a_range_outside_is_refused_and_nothing_moves(self, source: Source, offset: int, nbytes: int) -> None:
+        buffer = bytearray(b"?" * nbytes)
+        with pytest.raises(RangeError) as caught:
+            await source.read_into(offset, memoryview(buffer))
+        assert (caught.value.offset, caught.value.nbytes, caught.value.limit) == (offset, nbytes, len(DATA))
+        assert bytes(buffer) == b"?" * nbytes
+
+    def test_it_says_what_it_is(self, source: Source) -> None:
+        assert source.size == len(DATA)
+        assert source.url
+        assert source.identity == source.identity
+
+
+class TestAFile:
+    def test_short_reads_are_continued(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole(fd, [buffers[0][:100]], offset))
+        source = open_source(path)
+        buffer = bytearray(1234)
+        source.read_into_blocking(7, memoryview(buffer))
+        assert bytes(buffer) == DATA[7 : 7 + 1234]
+        source.close()
+
+    @pytest.mark.parametrize("change", ["grown", "truncated", "touched", "replaced", "removed"])
+    def test_one_that_changes_is_noticed(self, path: Path, change: str) -> None:
+        source = open_source(path)
+        match change:
+            case "grown":
+                os.truncate(path, len(DATA) + 4)
+            case "truncated":
+                os.truncate(path, 50)
+            case "touched":
+                os.utime(path, ns=(1, 1))
+            case "replaced":
+                other = path.with_name("other")
+                other.write_bytes(DATA)
+                other.rename(path)
+            case _:
+                path.unlink()
+        with pytest.raises(SourceChangedError, match="changed while it was being loaded"):
+            source.read_into_blocking(0, memoryview(bytearray(100)))
+        source.close()
+
+    def test_a_missing_one_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceNotFoundError, match="absent") as caught:
+            open_source(tmp_path / "absent")
+        assert isinstance(caught.value, FileNotFoundError)
+        assert caught.value.url == str(tmp_path / "absent")
+
+    def test_what_is_no_regular_file_is_refused_at_once(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        for name in ("fifo", "."):
+            with pytest.raises(SourceReadError, match="not a regular file"):
+                open_source(tmp_path / name)
+
+    @pytest.mark.parametrize(("number", "passing"), [(errno.EIO, True), (errno.EBADF, False)])
+    def test_an_error_says_where_and_whether_it_may_pass(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passing: bool
+    ) -> None:
+        def fail(fd: int, buffers: object, offset: int) -> int:
+            raise OSError(number, "broken")
+
+        source = open_source(path)
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(SourceReadError) as caught:
+            source.read_into_blocking(42, memoryview(bytearray(1)))
+        assert (caught.value.errno, caught.value.offset, caught.value.transient) == (number, 42, passing)
+        assert isinstance(caught.value.__cause__, OSError)
+        source.close()
+
+    def test_closing_gives_the_descriptor_back_once(self, path: Path) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        source = open_source(path)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        source.close()
+        source.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+        with pytest.raises(SourceReadError):
+            source.read_into_blocking(0, memoryview(bytearray(1)))
