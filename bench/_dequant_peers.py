@@ -19,14 +19,15 @@ import numpy.typing as npt
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 
-__all__ = ["Bytes", "ggml_decoder", "gguf_decoder", "writers"]
+__all__ = ["Bytes", "Job", "ggml_decoder", "gguf_decoder", "writers"]
 
 Bytes = npt.NDArray[np.uint8]
-Decode = Callable[[Bytes, Bytes], object]
+Job = Callable[[Bytes, Bytes], object]  # from blocks to weights
 
 _LINE = 64  # bytes
 _AHEAD = 2048  # bytes
-_SCRATCH = 8192  # weights that ggml decodes before it rounds them: they stay in the first-level cache
+_ROW = 4096  # weights: a usual width of a tensor, by rows of which gguf-py works
+_SCRATCH = 16384  # weights that ggml decodes before it rounds them: 64 KiB that stay in the caches
 
 _ir: Any = llvmlite.ir  # they carry no types
 _nb: Any = numba
@@ -79,31 +80,34 @@ def writers() -> Mapping[str, Callable[[Bytes], object]]:
 # --- the peers -------------------------------------------------------------------------------------------------------
 
 
-def gguf_decoder(type_: GGMLType) -> Decode:
-    """gguf-py, which makes float32 in memory of its own, whatever is asked for."""
-    number = gguf.GGMLQuantizationType(int(type_))
-    return lambda source, _: gguf.dequantize(source.reshape(-1, type_.type_size), number)
+def gguf_decoder(type_: GGMLType) -> Job | None:
+    """gguf-py, which makes float32 in memory of its own, whatever is asked for; None for float32, where it does nothing."""
+    if type_ is GGMLType.F32:
+        return None
+    number, row = gguf.GGMLQuantizationType(int(type_)), type_.nbytes(_ROW)
+    return lambda source, _: gguf.dequantize(source.reshape(-1, row), number)
 
 
-def ggml_decoder(type_: GGMLType, dtype: DType) -> Decode | None:
+def ggml_decoder(type_: GGMLType, dtype: DType) -> Job | None:
     """ggml's C as the package ``libggml-python`` ships it, through a scratch for 16-bit results; None without it.
 
-    Plain floats are left out: their row functions are no decoders in ggml.
+    Plain floats are left out: ggml has no decoder of theirs that stands alone.
     """
-    library = _ggml()
-    if library is None or not type_.quantized:
+    libraries = _ggml()
+    if libraries is None or not type_.quantized:
         return None
+    base, cpu = libraries
     pointers = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    decode: Any = getattr(library, f"dequantize_row_{type_.name[0].lower()}{type_.name[1:]}")
+    decode: Any = getattr(base, f"dequantize_row_{type_.name[0].lower()}{type_.name[1:]}")
     decode.argtypes, decode.restype = pointers, None
     if dtype is DType.FLOAT32:
         return lambda source, target: decode(source.ctypes.data, target.ctypes.data, target.nbytes // 4)
-    rounded: Any = library.ggml_fp32_to_fp16_row if dtype is DType.FLOAT16 else library.ggml_fp32_to_bf16_row
+    rounded: Any = cpu.ggml_cpu_fp32_to_fp16 if dtype is DType.FLOAT16 else cpu.ggml_cpu_fp32_to_bf16
     rounded.argtypes, rounded.restype = pointers, None
 
     def decode_and_round(source: Bytes, target: Bytes) -> None:
         scratch = np.empty(_SCRATCH, np.float32)
-        step = _SCRATCH // type_.block_size * type_.type_size
+        step = type_.nbytes(_SCRATCH)
         begin, middle, end = source.ctypes.data, scratch.ctypes.data, target.ctypes.data
         for piece in range(source.nbytes // step):
             decode(begin + piece * step, middle, _SCRATCH)
@@ -113,9 +117,15 @@ def ggml_decoder(type_: GGMLType, dtype: DType) -> Decode | None:
 
 
 @cache
-def _ggml() -> Any:
+def _ggml() -> tuple[Any, Any] | None:
+    """ggml's two libraries: the reference decoders, and what is compiled for this processor."""
     found = find_spec("libggml")
     if found is None or found.origin is None:
         return None
-    libraries = sorted(Path(found.origin).parent.glob("lib*/libggml-base.so"))
-    return ctypes.CDLL(str(libraries[0])) if libraries else None
+    for folder in Path(found.origin).parent.glob("lib*"):
+        names = [folder / f"libggml-{part}.so" for part in ("base", "cpu")]
+        if all(name.exists() for name in names):
+            base, cpu = (ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL) for name in names)
+            cpu.ggml_cpu_init()
+            return base, cpu
+    return None

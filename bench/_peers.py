@@ -97,8 +97,9 @@ def _gguf_decoded(file: Path, device: str) -> float:
     opened = time.perf_counter()
     nbytes, results = 0, list[Any]()
     for tensor in tensors:
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
-        results.append(values.to(device=device, dtype=torch.bfloat16))
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = values if values.flags.writeable else values.copy()  # float32 comes as the mapped file itself
+        results.append(torch.from_numpy(values).to(device=device, dtype=torch.bfloat16))
         nbytes += tensor.n_bytes
         if nbytes >= _SAMPLE:
             break

@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from asyncload import Loader, Model, Tensor, read_header
+from asyncload import Loader, Model, Progress, Tensor, read_header
 from asyncload.cli.progress import ProgressBar
 from asyncload.cli.summary import summarize
 from asyncload.cli.text import table
@@ -90,14 +90,32 @@ async def show(file: Path, device: str | None) -> None:
         for dtype in ("packed", "bf16"):
             print(f"\n--- {dtype} ---")
             await loader.load(file, dtype=dtype, select=[0])  # compiles, where it is the first time on this machine
-            bar = ProgressBar(sys.stderr)
-            try:
-                model = await loader.load(file, dtype=dtype, progress=bar)
-            finally:
-                bar.close()
+            model = await _load_with_progress(loader, file, dtype)
             with model:
                 print(f"{summarize(str(file), model).render()}\n")
                 await anyio.to_thread.run_sync(check, loader.device, model, references)
+
+
+async def _load_with_progress(loader: Loader, file: Path, dtype: str) -> Model:
+    if not sys.stderr.isatty():
+        return await loader.load(file, dtype=dtype, progress=_Quarters())
+    bar = ProgressBar(sys.stderr)
+    try:
+        return await loader.load(file, dtype=dtype, progress=bar)
+    finally:
+        bar.close()
+
+
+class _Quarters:
+    """Progress for a log: a line for each quarter."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def __call__(self, progress: Progress) -> None:
+        if 4 * progress.fraction >= self._next:
+            self._next = int(4 * progress.fraction) + 1
+            print(f"{progress.fraction:4.0%} after {progress.elapsed:.3f} s, {progress.rate / 1e9:.2f} GB/s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ import numpy as np
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, decode, native_dtype, prepare
 from bench._common import print_table, write_record
-from bench._dequant_peers import Bytes, ggml_decoder, gguf_decoder, writers
+from bench._dequant_peers import Bytes, Job, ggml_decoder, gguf_decoder, writers
 
 _TYPES = ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
 _DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
-_ALIGNMENT = 8192  # weights: whole blocks, cache lines and scratches of any type
+_ALIGNMENT = 16384  # weights: whole blocks, cache lines and scratches of any type
+_SLOW_SHARE = 16  # gguf-py is measured on this fraction of the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Row:
     threads: int
     gweights: float
     output_gbytes: float
+    limit_gbytes: float
     of_limit: float
     over_gguf: float | None
     over_ggml: float | None
@@ -56,71 +58,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads = sorted({1, len(os.sched_getaffinity(0))})
 
     target = np.zeros(nbytes, np.uint8)
-    limits = {count: _limits(target, count, rounds) for count in threads}
-    print_table(
-        f"Writing {nbytes >> 20} MiB, GB/s",
-        [("threads", *limits[1]), *((count, *(f"{rate:.1f}" for rate in limits[count].values())) for count in threads)],
-    )
+    pairs = [(GGMLType[name], dtype) for name in options.types for dtype in _DTYPES]
     rows = [
-        row
-        for name in options.types
-        for dtype in _DTYPES
-        for row in _measure(GGMLType[name], dtype, target, {n: max(limits[n].values()) for n in threads}, rounds)
+        _measure(type_, dtype, count, target, rounds)
+        for type_, dtype in pairs
+        if native_dtype(type_) is not dtype  # a plain copy
+        for count in threads
     ]
-    heading = ("pair", "threads", "Gweights/s", "output GB/s", "bytes / limit", "x gguf-py", "x ggml")
-    print_table("Decoding", [heading, *map(_cells, rows)])
-    write_record(options.json, "dequant", {"write_limits": limits, "rows": [asdict(row) for row in rows]})
+    heading = ("pair", "threads", "Gweights/s", "output GB/s", "limit GB/s", "bytes / limit", "x gguf-py", "x ggml")
+    print_table(f"Decoding to {nbytes >> 20} MiB", [heading, *map(_cells, rows)])
+    write_record(options.json, "dequant", [asdict(row) for row in rows])
 
 
-def _limits(target: Bytes, threads: int, rounds: int) -> dict[str, float]:
-    """GB/s of each way to write the target full."""
-    jobs: dict[str, Callable[[Bytes, Bytes], object]] = {
-        name: lambda _, part, write=write: write(part) for name, write in writers().items()
-    }
-    nothing = np.empty(0, np.uint8)
-    seconds = _turns(jobs, lambda _: [(nothing, part) for part in np.split(target, threads)], threads, rounds)
-    return {name: target.nbytes / taken / 1e9 for name, taken in seconds.items()}
-
-
-def _measure(type_: GGMLType, dtype: DType, target: Bytes, limits: dict[int, float], rounds: int) -> Iterator[Row]:
-    """The rows of one pair, one for each number of threads; a plain copy has none."""
-    if native_dtype(type_) is dtype:
-        return
-    weights = target.nbytes // dtype.itemsize
-    source = _blocks(type_, weights)
+def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, rounds: int) -> Row:
+    """One row: all that is compared takes turns, the limit too, as a shared machine is never twice the same."""
+    weights = target.nbytes // dtype.itemsize // threads // _ALIGNMENT * _ALIGNMENT
+    source = _blocks(type_, weights * threads)
     prepare([(type_, dtype)])
-    jobs: dict[str, Callable[[Bytes, Bytes], object]] = {
-        "ours": lambda part, out: decode(type_, dtype, memoryview(part), memoryview(out)),
-        "gguf": gguf_decoder(type_),
+    jobs: dict[str, Job] = {"ours": lambda part, out: decode(type_, dtype, memoryview(part), memoryview(out))}
+    for name, peer in (("gguf", gguf_decoder(type_)), ("ggml", ggml_decoder(type_, dtype))):
+        if peer is not None:
+            jobs[name] = peer
+    limits = writers()
+    jobs |= {name: lambda _, out, write=write: write(out) for name, write in limits.items()}
+
+    def parts(name: str) -> list[tuple[Bytes, Bytes]]:
+        share = max(_ALIGNMENT, weights // _SLOW_SHARE // _ALIGNMENT * _ALIGNMENT) if name == "gguf" else weights
+        packed, decoded = type_.nbytes(share), share * dtype.itemsize
+        return [
+            (source[index * packed : (index + 1) * packed], target[index * decoded : (index + 1) * decoded])
+            for index in range(threads)
+        ]
+
+    seconds = _turns(jobs, parts, threads, rounds)
+    rates = {  # billions of weights a second
+        name: sum(out.nbytes for _, out in parts(name)) / dtype.itemsize / taken / 1e9 for name, taken in seconds.items()
     }
-    if (ggml := ggml_decoder(type_, dtype)) is not None:
-        jobs["ggml"] = ggml
-    for threads, limit in limits.items():
-
-        def parts(name: str, threads: int = threads) -> list[tuple[Bytes, Bytes]]:
-            share = weights // threads // (16 if name == "gguf" else 1) // _ALIGNMENT * _ALIGNMENT
-            packed, decoded = type_.nbytes(share), share * dtype.itemsize
-            return [
-                (source[index * packed : (index + 1) * packed], target[index * decoded : (index + 1) * decoded])
-                for index in range(threads)
-            ]
-
-        seconds = _turns(jobs, parts, threads, rounds)
-        rates = {
-            name: sum(out.nbytes for _, out in parts(name)) / dtype.itemsize / taken / 1e9
-            for name, taken in seconds.items()
-        }
-        traffic = rates["ours"] * (type_.type_size / type_.block_size + dtype.itemsize)
-        yield Row(
-            type_.name,
-            str(dtype),
-            threads,
-            rates["ours"],
-            rates["ours"] * dtype.itemsize,
-            traffic / limit,
-            rates["ours"] / rates["gguf"],
-            rates["ours"] / rates["ggml"] if "ggml" in rates else None,
-        )
+    ours, limit = rates["ours"], max(rates[name] for name in limits) * dtype.itemsize
+    return Row(
+        type=type_.name,
+        dtype=str(dtype),
+        threads=threads,
+        gweights=ours,
+        output_gbytes=ours * dtype.itemsize,
+        limit_gbytes=limit,
+        of_limit=ours * (type_.type_size / type_.block_size + dtype.itemsize) / limit,
+        over_gguf=ours / rates["gguf"] if "gguf" in rates else None,
+        over_ggml=ours / rates["ggml"] if "ggml" in rates else None,
+    )
 
 
 def _blocks(type_: GGMLType, weights: int) -> Bytes:
@@ -139,10 +124,7 @@ def _blocks(type_: GGMLType, weights: int) -> Bytes:
 
 
 def _turns(
-    jobs: dict[str, Callable[[Bytes, Bytes], object]],
-    parts: Callable[[str], list[tuple[Bytes, Bytes]]],
-    threads: int,
-    rounds: int,
+    jobs: dict[str, Job], parts: Callable[[str], list[tuple[Bytes, Bytes]]], threads: int, rounds: int
 ) -> dict[str, float]:
     """Median seconds of each job over its parts, a part a thread, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -166,6 +148,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(row.threads),
         f"{row.gweights:.2f}",
         f"{row.output_gbytes:.1f}",
+        f"{row.limit_gbytes:.1f}",
         f"{row.of_limit:.2f}",
         times(row.over_gguf),
         times(row.over_ggml),

@@ -33,7 +33,7 @@ class ProgressBar:
         self._drawn = now
         columns = shutil.get_terminal_size().columns
         numbers = _numbers(progress)
-        width = min(_WIDEST, columns - len(numbers) - 3)
+        width = min(_WIDEST, columns - len(numbers) - 4)  # brackets, a space, and the cursor's place
         filled = int(progress.fraction * width)
         bar = f"[{'#' * filled}{'.' * (width - filled)}] " if width > 0 else ""
         # \x1b[K clears what a longer line left behind

@@ -161,6 +161,11 @@ class CudaStream:
                 name = self._device.info.name
                 raise CopyError(f"{name}: a copy of {nbytes} bytes: {code.name}", device=name, code=code.name)
 
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """The protocol by which other libraries take a stream: its version, and the handle's address."""
+        version, address = self._stream.__cuda_stream__()
+        return int(version), int(address)
+
     def download(self, target: int, source: int, nbytes: int) -> None:
         """Enqueues a copy of ``nbytes`` bytes from the device to a host address."""
         self._device.check(

@@ -106,9 +106,10 @@ class StagingPool:
 
     def release(self, buffer: StagingBuffer) -> None:
         """Takes a buffer back and hands it on to the waiting load that holds the fewest; on any thread."""
+        if buffer.share is None:
+            return
+        buffer.memory.discard(buffer.offset, buffer.view.nbytes)
         with self._lock:
-            if buffer.share is None:
-                return
             buffer.share.held -= 1
             buffer.share = None
             if not self._waiting:

@@ -7,9 +7,8 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from operator import attrgetter
 
 from asyncload.device import Device, DeviceMemory
 from asyncload.errors import ClosedError, DeviceError, OutOfDeviceMemoryError
@@ -41,14 +40,8 @@ class _Entry:
     description: str
 
 
-@dataclass(eq=False, slots=True)
-class _Flush:
-    """Asks the reclaim thread to say when everything dropped before has been dealt with."""
-
-    ended: threading.Event = field(default_factory=threading.Event)
-
-
-_Reclaim = queue.SimpleQueue[_Entry | _Flush]
+# What the reclaim thread is handed: memory to free, or an event to set once all that came before it is freed.
+_Reclaim = queue.SimpleQueue[_Entry | threading.Event]
 
 
 class Allocation:
@@ -63,7 +56,7 @@ class Allocation:
     def __init__(self, entry: _Entry, reclaim: _Reclaim) -> None:
         self._entry = entry
         self._reclaim = reclaim
-        self._owned = [entry]  # popped by whoever lets go first: one bytecode, so no lock
+        self._owned = [entry] if entry.memory.nbytes else []  # popped by whoever lets go first
 
     @property
     def memory(self) -> DeviceMemory:
@@ -104,57 +97,193 @@ class Allocation:
         self.close()
 
     def __repr__(self) -> str:
-        state = "" if self._owned else ", closed"
-        return f"Allocation({self.nbytes} bytes at {self.address:#x}, {self.purpose}, {self.description!r}{state})"
+        return f"Allocation({self.nbytes} bytes at {self.address:#x}, {self.purpose}, {self.description!r})"
 
 
 class VramTracker:
     """The ledger through which all memory of a device is allocated and freed.
 
-    All methods may be called on any thread, but as all but ``total``, ``by_purpose`` and ``report`` may wait for the
-    device, not on an event loop's. A thread of its own frees what was dropped; it runs as long as there is anything
-    to free.
+    All methods may be called on any thread; ``allocate``, ``flush`` and ``close`` may wait for the device. What was
+    dropped is freed by a thread of the tracker's own, which runs as long as any allocation is alive.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._lock = threading.Lock()
+        self._name = device.info.name
+        self._reclaim: _Reclaim = queue.SimpleQueue()
+        self._lock = threading.Lock()  # over all that follows
         self._ledger: dict[int, _Entry] = {}  # by address
         self._leaving: set[_Entry] = set()  # being freed: the device may already give the address to somebody else
-        self._reclaim: _Reclaim = queue.SimpleQueue()
-        self._outstanding = 0  # entries that an Allocation holds, or that the thread has not dealt with
-        self._thread: threading.Thread | None = None
-        self._errors: list[DeviceError] = []
+        self._outstanding = 0  # allocations that the thread still has to see
+        self._thread: threading.Thread | None = None  # alive as long as anything is outstanding
+        self._failures: list[Exception] = []
         self._closed = False
 
     def allocate(self, nbytes: int, purpose: Purpose, description: str) -> Allocation:
         """Allocates ``nbytes`` bytes of device memory for a purpose; ``description`` says what they hold. Blocks.
 
-        If the device is full, memory that was dropped and is still waiting for the device's work is waited for first.
-        Raises ``OutOfDeviceMemoryError`` with the ledger's breakdown by purpose, ``ClosedError`` after ``close``.
+        If the device is full, what was dropped and still waits for the device's work is waited for, and freed, first.
+        Raises ``OutOfDeviceMemoryError`` with the ledger's breakdown by purpose, ``ClosedError`` after ``close``, and
+        ``DeviceError`` if the device hands out an address that is in the ledger.
         """
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"the ledger of {self._name} is closed")
         self._device.attach()
-        try:
-            return self._record(nbytes, purpose, description)
-        except OutOfDeviceMemoryError:
-            if not self._settle():
-                raise
-        return self._record(nbytes, purpose, description)
+        entry = _Entry(self._allocate(nbytes, purpose, description), purpose, description)
+        if nbytes:
+            self._record(entry)
+        return Allocation(entry, self._reclaim)
 
-    def _record(self, nbytes: int, purpose: Purpose, description: str) -> Allocation:
-        self._expect()
+    def _allocate(self, nbytes: int, purpose: Purpose, description: str) -> DeviceMemory:
         try:
-            memory = self._allocate(nbytes, purpose, description)
-            entry = _Entry(memory, purpose, description)
+            return self._device.allocate(nbytes)
+        except OutOfDeviceMemoryError:
+            self._settle()
+        try:
+            return self._device.allocate(nbytes)
+        except OutOfDeviceMemoryError as error:
+            breakdown = {purpose.value: size for purpose, size in self.by_purpose().items()}
+            free = "unknown" if error.available is None else format_size(error.available)
+            held = ", ".join(f"{format_size(size)} {name}" for name, size in breakdown.items())
+            raise OutOfDeviceMemoryError(
+                f"{self._name}: {format_size(nbytes)} needed for {purpose} ({description}), {free} free; "
+                f"held here: {held or 'nothing'}",
+                device=self._name,
+                needed=nbytes,
+                available=error.available,
+                breakdown=breakdown,
+                code=error.code,
+            ) from error
+
+    def _record(self, entry: _Entry) -> None:
+        address = entry.memory.address
+        with self._lock:
+            if address in self._ledger:
+                other = self._ledger[address].description
+                raise DeviceError(
+                    f"{self._name}: {address:#x} was allocated for {entry.description!r} and holds {other!r}",
+                    device=self._name,
+                )
+            self._ledger[address] = entry
+            self._outstanding += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="asyncload-reclaim", daemon=True)
+                self._thread.start()
+
+    # What it holds
+
+    def _entries(self) -> list[_Entry]:
+        with self._lock:
+            return [*self._ledger.values(), *self._leaving]
+
+    @property
+    def total(self) -> int:
+        """Bytes allocated and not yet freed."""
+        return sum(entry.memory.nbytes for entry in self._entries())
+
+    def by_purpose(self) -> dict[Purpose, int]:
+        """Bytes allocated and not yet freed for each purpose that has any."""
+        return _by_purpose(self._entries())
+
+    def report(self) -> str:
+        """A table of the ledger for people: bytes and allocations by purpose, and the largest allocations."""
+        entries = self._entries()
+        sizes, counts = _by_purpose(entries), Counter(entry.purpose for entry in entries)
+        rows = [(str(purpose), format_size(size), str(counts[purpose])) for purpose, size in sizes.items()]
+        rows.append(("total", format_size(sum(sizes.values())), str(len(entries))))
+        lines = [f"{self._name:<12}{'size':>12}{'allocations':>14}"]
+        lines += [f"{name:<12}{size:>12}{count:>14}" for name, size, count in rows]
+        entries.sort(key=lambda entry: entry.memory.nbytes, reverse=True)
+        if entries:
+            lines.append("largest:")
+        lines += [f"{format_size(entry.memory.nbytes):>24}  {entry.description}" for entry in entries[:_LARGEST]]
+        return "\n".join(lines)
+
+    # Freeing
+
+    def flush(self) -> None:
+        """Waits until everything that was dropped before this call is freed.
+
+        Raises the first error that freeing has met since the last flush. Memory of which the device would
+        not say that it is unused stays allocated, and is tried again by the next drop or flush.
+        """
+        self._settle()
+        with self._lock:
+            failures, self._failures = self._failures, []
+        if failures:
+            raise failures[0]
+
+    def close(self) -> None:
+        """Ends allocating, and waits until everything that was dropped before this call is freed.
+
+        Allocations that are alive stay so, and are freed when they are dropped.
+        """
+        with self._lock:
+            self._closed = True
+        self._settle()
+
+    def _settle(self) -> None:
+        flush = threading.Event()
+        with self._lock:
+            if self._thread is None:
+                return
+            self._reclaim.put(flush)
+        flush.wait()
+
+    def _run(self) -> None:
+        entries: list[_Entry] = []
+        while True:
+            items = [self._reclaim.get()]
+            while not self._reclaim.empty():  # this thread alone takes from it
+                items.append(self._reclaim.get())
+            entries += [item for item in items if isinstance(item, _Entry)]
+            if entries and self._wait_for_device():
+                self._free(entries)
+                entries = []
+            for item in items:
+                if isinstance(item, threading.Event):
+                    item.set()
             with self._lock:
-                if memory.nbytes and memory.address in self._ledger:
-                    raise DeviceError(
-                        f"{self._device.info.name}: {memory.address:#x} was allocated and is already in the ledger as "
-                        f"{self._ledger[memory.address].description!r}",
-                        device=self._device.info.name,
-                    )
-                self._ledger[memory.address] = entry
-            return Allocation(entry, self._reclaim)
-        except BaseException:
-            self._reclaim.put(_Flush())
-            raise
+                if self._outstanding == 0 and self._reclaim.empty():
+                    self._thread = None
+                    return
+
+    def _wait_for_device(self) -> bool:
+        """Whether all work that was enqueued on the device until now has ended; without that nothing is freed."""
+        try:
+            self._device.attach()
+            self._device.barrier().synchronize()
+        except Exception as error:  # noqa: BLE001 - the thread outlives it, and flush raises it
+            self._fail("could not wait for the device before freeing memory", error)
+            return False
+        return True
+
+    def _free(self, entries: list[_Entry]) -> None:
+        with self._lock:
+            for entry in entries:
+                del self._ledger[entry.memory.address]
+            self._leaving.update(entries)
+        freed: list[_Entry] = []
+        for entry in entries:
+            try:
+                self._device.free(entry.memory)
+            except Exception as error:  # noqa: BLE001 - as above; the memory stays in the ledger, as it is taken
+                self._fail(f"could not free {entry.memory.nbytes} bytes ({entry.description})", error)
+            else:
+                freed.append(entry)
+        with self._lock:
+            self._leaving.difference_update(freed)
+            self._outstanding -= len(entries)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        _log.error("%s: %s", self._name, what, exc_info=error)
+        with self._lock:
+            self._failures.append(error)
+
+
+def _by_purpose(entries: Iterable[_Entry]) -> dict[Purpose, int]:
+    sizes = dict.fromkeys(Purpose, 0)
+    for entry in entries:
+        sizes[entry.purpose] += entry.memory.nbytes
+    return {purpose: size for purpose, size in sizes.items() if size}

@@ -120,6 +120,7 @@ class Transfer:
         if self._on_device:
             self._drained = anyio.Event()
             await settle(self._drained)
+        self._take_arrivals()  # what came last and the loop was only told of
 
     async def _guard(self, work: Callable[..., Awaitable[object]], *args: object) -> None:
         try:

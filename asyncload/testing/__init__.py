@@ -9,15 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from asyncload.device import HostDevice
     from asyncload.testing._blocks import random_blocks
+    from asyncload.testing._cuda_kernel import SleepingKernel
+    from asyncload.testing._device_conformance import DeviceConformance
     from asyncload.testing._gguf_writer import MetadataValue, TensorSpec, Typed, encode_header, lay_out, write_gguf
     from asyncload.testing._sources import AsyncOnlySource, FaultySource, LatencySource, ThrottledSource
     from asyncload.testing._synthesize import synthesize
 
 __all__ = [
     "AsyncOnlySource",
+    "DeviceConformance",
     "FaultySource",
+    "HostDevice",
     "LatencySource",
+    "SleepingKernel",
     "MetadataValue",
     "TensorSpec",
     "ThrottledSource",
@@ -31,8 +37,11 @@ __all__ = [
 
 _HOMES: Final = {
     "AsyncOnlySource": "asyncload.testing._sources",
+    "DeviceConformance": "asyncload.testing._device_conformance",
     "FaultySource": "asyncload.testing._sources",
+    "HostDevice": "asyncload.device",
     "LatencySource": "asyncload.testing._sources",
+    "SleepingKernel": "asyncload.testing._cuda_kernel",
     "MetadataValue": "asyncload.testing._gguf_writer",
     "TensorSpec": "asyncload.testing._gguf_writer",
     "ThrottledSource": "asyncload.testing._sources",

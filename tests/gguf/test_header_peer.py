@@ -103,7 +103,7 @@ def test_gguf_py_reads_what_synthesize_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [2, 3])
 def test_ggml_reads_what_the_writer_writes(version: int) -> None:
     specs, nbytes = lay_out([(f"blk.{int(kind)}.w", kind, (3, 256)) for kind in GGMLType], alignment=128)
-    values = {
+    values: dict[str, MetadataValue] = {
         "one": 1,
         "minus": -1,
         "large": 1 << 40,

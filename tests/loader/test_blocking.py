@@ -57,8 +57,8 @@ def test_an_interrupt_ends_cleanly(model_path: Path) -> None:
         """
         import os, signal, sys, threading
         from asyncload import blocking
+        from asyncload.device import HostDevice
         from asyncload.options import Options
-        from asyncload.testing import HostDevice
         options = Options(chunk_size=64 << 10, staging=256 << 10, threads=2)
         device = HostDevice(bandwidth=2e6)
         def interrupt(progress):

@@ -14,11 +14,12 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 
+from asyncload.device import HostDevice
 from asyncload.events import Progress
 from asyncload.loader import Loader
 from asyncload.model import Model
 from asyncload.options import Options
-from asyncload.testing import HostDevice
+from asyncload.threads import run_in_thread
 
 SMALL = Options(chunk_size=64 << 10, staging=256 << 10, threads=2, streams=2)
 
@@ -75,13 +76,7 @@ async def test_a_scope_cancelled_at_every_suspension(model_path: Path, nothing_l
                 pytest.fail("the load never completed")
             assert turn > 3
             await check_whole(loader, model_path, expected, dtype)
-            await asyncio_free(loader)
-
-
-async def asyncio_free(loader: Loader) -> None:
-    from asyncload.threads import run_in_thread
-
-    await run_in_thread(loader.tracker.flush)
+            await run_in_thread(loader.tracker.flush)
 
 
 @pytest.mark.asyncio
@@ -109,7 +104,7 @@ async def test_a_task_cancelled_at_every_suspension_and_again_during_the_cleanup
             else:
                 pytest.fail("the load never completed")
             await check_whole(loader, model_path, expected, "packed")
-            await asyncio_free(loader)
+            await run_in_thread(loader.tracker.flush)
 
 
 async def _turn(loader: Loader, path: Path, turn: int) -> Model:
@@ -138,7 +133,7 @@ async def test_cancelled_after_any_number_of_turns_of_the_loop(model_path: Path,
                     group.cancel_scope.cancel()
                 assert loader._active().staging.free == SMALL.buffers
             await check_whole(loader, model_path, expected, "bf16")
-            await asyncio_free(loader)
+            await run_in_thread(loader.tracker.flush)
 
 
 @pytest.mark.anyio
@@ -163,7 +158,7 @@ async def test_cancelled_after_any_chunk(model_path: Path, nothing_left: Any) ->
 
                     (await loader.load(model_path, progress=count)).close()
             await check_whole(loader, model_path, expected, "packed")
-            await asyncio_free(loader)
+            await run_in_thread(loader.tracker.flush)
 
 
 @pytest.mark.asyncio
@@ -206,4 +201,4 @@ async def test_one_of_two_loads_is_cancelled(model_path: Path, nothing_left: Any
                     with anyio.CancelScope() as scope:
                         await loader.load(model_path, dtype="bf16", progress=lambda _, s=scope: s.cancel())
                     assert scope.cancelled_caught
-            await asyncio_free(loader)
+            await run_in_thread(loader.tracker.flush)

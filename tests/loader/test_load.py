@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import asyncload
+from asyncload.device import HostDevice
 from asyncload.errors import (
     ClosedError,
     CopyError,
@@ -30,7 +31,7 @@ from asyncload.loader import Loader, load, read_header
 from asyncload.model import Model
 from asyncload.options import Options
 from asyncload.source import MemorySource, open_source
-from asyncload.testing import AsyncOnlySource, FaultySource, HostDevice, synthesize
+from asyncload.testing import AsyncOnlySource, FaultySource, synthesize
 from asyncload.threads import run_in_thread
 
 pytestmark = pytest.mark.anyio

@@ -9,13 +9,14 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 
+from asyncload.device import HostDevice
 from asyncload.errors import ClosedError, OptionsError, SourceNotFoundError, SourceReadError
 from asyncload.events import Progress
 from asyncload.loader import Loader
 from asyncload.model import Tensor
 from asyncload.options import Options
 from asyncload.source import open_source
-from asyncload.testing import FaultySource, HostDevice
+from asyncload.testing import FaultySource
 from asyncload.threads import run_in_thread
 
 SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)

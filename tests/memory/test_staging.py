@@ -6,8 +6,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from asyncload.device import HostDevice
 from asyncload.memory import StagingBuffer, StagingPool, StagingShare
-from asyncload.testing import HostDevice
 from asyncload.threads import run_in_thread
 
 CHUNK = 64 << 10

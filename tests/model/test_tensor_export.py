@@ -17,8 +17,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from asyncload.device import DeviceInfo
+from asyncload.device import DeviceInfo, open_device
 from asyncload.errors import ClosedError, ExportError
+from asyncload.memory import Purpose, VramTracker
 from asyncload.model import Tensor
 from asyncload.model._dlpack import open_capsule
 from asyncload.quant import DType
@@ -366,6 +367,27 @@ def test_ten_thousand_exports_leave_nothing_behind(make_tensor: MakeTensor, host
     assert len(gc.get_objects()) < counted + 100
 
 
+@pytest.mark.parametrize("take", [np.from_dlpack, Tensor.numpy], ids=["from_dlpack", "numpy"])
+def test_the_ledger_sees_the_last_view_go(take: Callable[[Tensor], Any], make_tensor: MakeTensor) -> None:
+    device = open_device("host")
+    tracker = VramTracker(device)
+    memory = tracker.allocate(64, Purpose.WEIGHTS, "a weight")
+    tensor = make_tensor((16,), DType.FLOAT32, memory=memory, device=device.info)
+    held = [take(tensor)]
+    tensor.close()
+    del memory, tensor
+    tracker.flush()
+    assert tracker.total == 64
+    held[0][:] = 3
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    tracker.flush()
+    assert tracker.total == 0
+    tracker.close()
+    device.close()
+
+
 def test_closed_tensors_refuse_and_their_views_stay(make_tensor: MakeTensor, host_memory: HostMemory) -> None:
     tensor = make_tensor((2,), DType.FLOAT32, memory=host_memory(np.array([1, 2], np.float32).tobytes()))
     array = np.from_dlpack(tensor)
@@ -402,10 +424,11 @@ def test_who_took_the_cuda_array_interface_holds_the_memory_by_the_tensor(
 
 
 SHUTDOWN = """
-    import asyncio, ctypes, sys, threading, time
+    import ctypes, sys, threading, time
     import numpy as np
-    from asyncload.device import DeviceInfo
+    from asyncload.device import DeviceInfo, open_device
     from asyncload.gguf import GGMLType
+    from asyncload.memory import Purpose, VramTracker
     from asyncload.model import Tensor
     from asyncload.quant import DType
 
@@ -433,6 +456,11 @@ SHUTDOWN = """
     [
         pytest.param(
             "views = [tensor(), tensor().numpy(), np.from_dlpack(tensor()), tensor().__dlpack__()]", id="numpy"
+        ),
+        pytest.param(
+            "Memory = lambda: VramTracker(open_device('host')).allocate(64, Purpose.WEIGHTS, 'a'); "
+            "views = [tensor(), tensor().numpy(), np.from_dlpack(tensor()), tensor().__dlpack__()]",
+            id="allocation",
         ),
         pytest.param(
             "import torch; views = [torch.from_dlpack(tensor()), torch.from_dlpack(tensor())[2:]]; views.append(views)",

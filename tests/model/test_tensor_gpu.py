@@ -49,7 +49,7 @@ def fill(device: Device, memory: DeviceMemory, content: bytes) -> None:
     if not content:
         return
     staging, stream = device.staging(len(content)), device.stream()
-    staging.view[:] = content
+    staging.view[: len(content)] = content
     stream.upload(memory, 0, staging, 0, len(content))
     stream.record().synchronize()
     stream.close()

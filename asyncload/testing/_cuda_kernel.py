@@ -1,0 +1,92 @@
+"""A CUDA kernel that sleeps until it is woken, so that tests can have work under way for as long as they need."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+__all__ = ["Sleep", "SleepingKernel"]
+
+_SOURCE = r"""
+extern "C" __global__ void sleep_then_copy(volatile unsigned int *woken, unsigned long long nanoseconds,
+                                           const unsigned char *source, unsigned char *target,
+                                           unsigned long long nbytes)
+{
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (*woken == 0 && now - begin < nanoseconds);
+    for (unsigned long long i = threadIdx.x; i < nbytes; i += blockDim.x)
+        target[i] = source[i];
+}
+"""
+_THREADS = 32
+
+
+class Sleep:
+    """A launched kernel; ``wake`` lets it end."""
+
+    def __init__(self, woken: ctypes.c_uint32) -> None:
+        self._woken = woken
+
+    def wake(self) -> None:
+        """Has the kernel go on at once; further calls do nothing."""
+        self._woken.value = 1
+
+
+class SleepingKernel:
+    """Compiles the kernel for a CUDA device, the calling thread's current one from then on, and runs it once.
+
+    (A first launch loads the kernel, which can wait for other kernels.) Needs ``cuda.core`` and NVRTC.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        self._core: Any = import_module("cuda.core")
+        self._driver: Any = import_module("cuda.bindings.driver")
+        self._device: Any = self._core.Device(index)
+        self._device.set_current()
+        self._kernel = self.compile(f"sm_{self._device.arch}").get_kernel("sleep_then_copy")
+        stream = self.stream()
+        with self.asleep(stream, seconds=0):
+            pass
+
+    @staticmethod
+    def compile(architecture: str) -> Any:
+        """Compiles the kernel for an architecture such as ``"sm_90"``; needs no device."""
+        core: Any = import_module("cuda.core")
+        options = core.ProgramOptions(std="c++17", arch=architecture)
+        return core.Program(_SOURCE, "c++", options).compile("cubin")
+
+    def stream(self) -> Any:
+        """A new stream of ``cuda.core``, foreign to asyncload."""
+        return self._device.create_stream()
+
+    @contextmanager
+    def asleep(
+        self, stream: Any, *, seconds: float = 60.0, source: int = 0, target: int = 0, nbytes: int = 0
+    ) -> Generator[Sleep]:
+        """Enqueues the kernel on a stream (any with ``__cuda_stream__``), where it sleeps for ``seconds`` at most.
+
+        It then copies ``nbytes`` bytes of device memory from address ``source`` to ``target``. It is woken, and has
+        ended, when the block ends.
+        """
+        # Pinned host memory has one address for host and device, and a write of the one is seen by the other.
+        code, address = self._driver.cuMemAllocHost(ctypes.sizeof(ctypes.c_uint32))
+        if int(code) != 0:
+            raise RuntimeError(f"cuMemAllocHost: {code.name}")
+        sleep = Sleep(ctypes.c_uint32.from_address(int(address)))
+        sleep._woken.value = 0  # noqa: SLF001 - its maker
+        config = self._core.LaunchConfig(grid=1, block=_THREADS)
+        arguments = (int(address), int(seconds * 1e9), source, target, nbytes)
+        self._core.launch(stream, config, self._kernel, *arguments)
+        ended = self._core.Stream.from_handle(stream.__cuda_stream__()[1]).record()
+        try:
+            yield sleep
+        finally:
+            sleep.wake()
+            ended.sync()
+            self._driver.cuMemFreeHost(int(address))

@@ -1,0 +1,150 @@
+"""How well reading, decoding and copying overlap: a load against the slower of its two halves alone.
+
+The device is a host device whose bandwidth is set to the rate at which this machine decodes, so that both halves take
+equally long and a load in which they do not overlap takes twice the time. "Decode alone" reads and decodes every chunk
+with all threads and copies nothing; "copy alone" copies as many bytes through that device and decodes nothing. The
+targets are the caller's and touched before, as fresh memory costs more than either half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncload import Loader, Options
+from asyncload.blocking import read_header
+from asyncload.device._host import HostDevice
+from asyncload.gguf import Header
+from asyncload.plan import Chunk, LoadPlan, plan_load
+from asyncload.quant import decode, prepare
+from bench._common import make_parser, model_file, print_table, run_async, write_record
+from bench.chunks import copy
+
+_DTYPE = "bf16"
+_MIB = 1 << 20
+
+
+def decode_alone(file: Path, plan: LoadPlan, options: Options) -> float:
+    """Seconds to read and decode all chunks with the options' threads, in as many buffers as the loader has."""
+    descriptor = os.open(file, os.O_RDONLY)
+    buffers = deque(memoryview(bytearray(options.chunk_size)) for _ in range(options.buffers))
+
+    def work(chunk: Chunk) -> None:
+        buffer = buffers.pop()
+        os.preadv(descriptor, [buffer[: chunk.nbytes]], chunk.offset)
+        for segment in chunk.segments:
+            tensor = plan.tensors[segment.tensor]
+            packed = buffer[segment.source_offset : segment.source_offset + segment.source_nbytes]
+            decoded = buffer[segment.upload_offset : segment.upload_offset + segment.target_nbytes]
+            decode(tensor.info.type, tensor.dtype, packed, decoded)
+        buffers.append(buffer)
+
+    try:
+        with ThreadPoolExecutor(options.threads) as threads:
+            begin = time.perf_counter()
+            for _ in threads.map(work, list(plan.chunks())):
+                pass
+            return time.perf_counter() - begin
+    finally:
+        os.close(descriptor)
+
+
+def copy_alone(device: HostDevice, nbytes: int, chunk: int) -> float:
+    """Seconds to copy that many bytes through the device, in chunks on one stream."""
+    device.attach()
+    staging, stream = device.staging(min(nbytes, 64 * _MIB)), device.stream()
+    target = device.allocate(staging.nbytes)
+    try:
+        rounds = nbytes / staging.nbytes
+        return rounds * copy(stream, target, staging, chunk)
+    finally:
+        stream.close()
+        device.free(target)
+        staging.close()
+
+
+async def load(file: Path, device: HostDevice, options: Options, into: dict[str, NDArray[Any]]) -> float:
+    """Seconds of one load on an entered, warmed loader."""
+    async with Loader(device, options=options) as loader:
+        await loader.load(file, dtype=_DTYPE, select=next(iter(into)))
+        begin = time.perf_counter()
+        model = await loader.load(file, dtype=_DTYPE, into=into)
+        seconds = time.perf_counter() - begin
+        model.close()
+        return seconds
+
+
+def targets(header: Header) -> dict[str, NDArray[Any]]:
+    """Touched memory for every tensor as bfloat16."""
+    import ml_dtypes
+
+    return {name: np.ones(info.shape, ml_dtypes.bfloat16) for name, info in header.tensors.items()}
+
+
+def measure(file: Path, rounds: int) -> dict[str, Any]:
+    """Both halves, and loads in four ways, in turns; medians."""
+    options = Options()
+    ways = {
+        "pipelined": options,
+        "one thread": replace(options, threads=1),
+        "one stream": replace(options, streams=1),
+        "unpipelined": replace(options, threads=1, streams=1, depth=1, staging=2 * options.chunk_size),
+    }
+    header = read_header(file)
+    plan = plan_load(header, dtype=_DTYPE, chunk_size=options.chunk_size)
+    prepare([(tensor.info.type, tensor.dtype) for tensor in plan.tensors if tensor.decoded])
+    into = targets(header)
+    decode_alone(file, plan, options)
+    decoding = statistics.median(decode_alone(file, plan, options) for _ in range(rounds))
+    bandwidth = plan.device_nbytes / decoding
+
+    seconds: dict[str, list[float]] = {name: [] for name in ("decode alone", "copy alone", *ways)}
+    for _ in range(rounds):
+        seconds["decode alone"].append(decode_alone(file, plan, options))
+        device = HostDevice(bandwidth=bandwidth)
+        seconds["copy alone"].append(copy_alone(device, plan.device_nbytes, options.chunk_size))
+        device.close()
+        for name, way in ways.items():
+            seconds[name].append(run_async(partial(load, file, HostDevice(bandwidth=bandwidth), way, into)))
+    slower = max(statistics.median(seconds[name]) for name in ("decode alone", "copy alone"))
+    return {
+        "bandwidth": bandwidth,
+        "device_bytes": plan.device_nbytes,
+        "rows": [
+            {"how": name, "seconds": statistics.median(taken), "of_slower": statistics.median(taken) / slower}
+            for name, taken in seconds.items()
+        ],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments: argparse.Namespace = make_parser(__doc__ or "").parse_args(argv)
+    with model_file(arguments) as file:
+        results = measure(file, rounds=1 if arguments.quick else 5)
+    print_table(
+        f"{file.name} as {_DTYPE}, {results['device_bytes'] / 1e9:.3f} GB, over a device of "
+        f"{results['bandwidth'] / 1e9:.2f} GB/s",
+        [
+            ("how", "seconds", "of the slower half alone"),
+            *((row["how"], f"{row['seconds']:.4f}", f"{row['of_slower']:.3f}") for row in results["rows"]),
+        ],
+    )
+    write_record(arguments.json, "overlap", results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
