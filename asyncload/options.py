@@ -56,8 +56,8 @@ class Options:
     ``strict`` holds files to what ggml itself accepts. Raises ``OptionsError`` for a value that cannot be used.
     """
 
-    chunk_size: int = 8 * _MIB
-    staging: int = 128 * _MIB
+    chunk_size: int = 16 * _MIB
+    staging: int = 256 * _MIB
     threads: int = field(default_factory=_default_threads)
     streams: int = 2
     depth: int = 2

@@ -72,7 +72,7 @@ class LoadPlan:
 
 
 def plan_load(
-    header: Header, *, dtype: DtypeSpec = PACKED, select: Selection = None, chunk_size: int = 8 << 20
+    header: Header, *, dtype: DtypeSpec = PACKED, select: Selection = None, chunk_size: int = 16 << 20
 ) -> LoadPlan:
     """Plans the load of a model, or of the selected part of it.
 

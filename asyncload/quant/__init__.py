@@ -123,7 +123,7 @@ def decode(type: GGMLType, dtype: DType, source: memoryview, target: memoryview)
     overlap.
 
     Raises ``UnsupportedQuantError`` for a pair that ``can_decode`` denies, ``RangeError`` unless source and target hold
-    the same number of weights in whole blocks, ``TypeError`` for a target that is read-only, ``ValueError`` for a view
+    the same number of weights in whole blocks, ``TypeError`` for a target that is read-only, ``BufferError`` for a view
     that is not contiguous.
     """
     from asyncload.quant._decode import decode as decode_blocks

@@ -25,17 +25,19 @@ extern "C" __global__ void sleep_then_copy(volatile unsigned int *woken, unsigne
 }
 """
 _THREADS = 32
+_SLEEPS = 1024  # words to wake sleeping kernels with; as many launches later the first word is used again
 
 
 class Sleep:
-    """A launched kernel; ``wake`` lets it end."""
+    """A launched kernel that sleeps as long as the word at ``address`` is zero."""
 
-    def __init__(self, woken: ctypes.c_uint32) -> None:
-        self._woken = woken
+    def __init__(self, address: int) -> None:
+        self._word = ctypes.c_uint32.from_address(address)
+        self._word.value = 0
 
     def wake(self) -> None:
         """Has the kernel go on at once; further calls do nothing."""
-        self._woken.value = 1
+        self._word.value = 1
 
 
 class SleepingKernel:
@@ -49,7 +51,15 @@ class SleepingKernel:
         self._driver: Any = import_module("cuda.bindings.driver")
         self._device: Any = self._core.Device(index)
         self._device.set_current()
-        self._kernel = self.compile(f"sm_{self._device.arch}").get_kernel("sleep_then_copy")
+        # Allocated before any kernel sleeps, as allocating may wait for kernels. Pinned host memory has one address for
+        # host and device, and what the one writes the other sees.
+        code, address = self._driver.cuMemAllocHost(_SLEEPS * ctypes.sizeof(ctypes.c_uint32))
+        if int(code) != 0:
+            raise RuntimeError(f"cuMemAllocHost: {code.name}")
+        self._words = (ctypes.c_uint32 * _SLEEPS).from_address(int(address))
+        self._launched = 0
+        self._code = self.compile(f"sm_{self._device.arch}")
+        self._kernel = self._code.get_kernel("sleep_then_copy")
         stream = self.stream()
         with self.asleep(stream, seconds=0):
             pass
@@ -74,19 +84,19 @@ class SleepingKernel:
         It then copies ``nbytes`` bytes of device memory from address ``source`` to ``target``. It is woken, and has
         ended, when the block ends.
         """
-        # Pinned host memory has one address for host and device, and a write of the one is seen by the other.
-        code, address = self._driver.cuMemAllocHost(ctypes.sizeof(ctypes.c_uint32))
-        if int(code) != 0:
-            raise RuntimeError(f"cuMemAllocHost: {code.name}")
-        sleep = Sleep(ctypes.c_uint32.from_address(int(address)))
-        sleep._woken.value = 0  # noqa: SLF001 - its maker
+        offset = self._launched % _SLEEPS * ctypes.sizeof(ctypes.c_uint32)
+        self._launched += 1
+        address = ctypes.addressof(self._words) + offset
+        sleep = Sleep(address)
         config = self._core.LaunchConfig(grid=1, block=_THREADS)
-        arguments = (int(address), int(seconds * 1e9), source, target, nbytes)
-        self._core.launch(stream, config, self._kernel, *arguments)
+        self._core.launch(stream, config, self._kernel, address, int(seconds * 1e9), source, target, nbytes)
         ended = self._core.Stream.from_handle(stream.__cuda_stream__()[1]).record()
         try:
             yield sleep
         finally:
             sleep.wake()
             ended.sync()
-            self._driver.cuMemFreeHost(int(address))
+
+    def close(self) -> None:
+        """Gives its memory back; no kernel of it runs any more."""
+        self._driver.cuMemFreeHost(ctypes.addressof(self._words))

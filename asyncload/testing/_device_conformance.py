@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from asyncload.device import Device, DeviceMemory, StagingMemory, Stream
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError, RangeError
 
-__all__ = ["DeviceConformance"]
+__all__ = ["DeviceConformance", "Rig"]
 
 _PAGE = 4096
 _SIZES = (0, 1, _PAGE - 1, _PAGE, _PAGE + 1, (3 << 20) + 1)
@@ -24,6 +25,47 @@ _THREADS = 8
 
 def _content(nbytes: int, seed: int = 0) -> bytes:
     return Random(seed).randbytes(nbytes)  # noqa: S311 - data, not secrets
+
+
+def _read(device: Device, memory: DeviceMemory) -> bytes:
+    content = bytearray(memory.nbytes)
+    device.download(memory, 0, memoryview(content))
+    return bytes(content)
+
+
+class Rig:
+    """A device, one of its streams, and memory that ``close`` gives back."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.stream: Stream = device.stream()
+        self._staged: list[StagingMemory] = []
+        self._allocated: list[DeviceMemory] = []
+
+    def stage(self, content: bytes) -> StagingMemory:
+        """Makes staging memory with given content."""
+        staging = self.device.staging(len(content))
+        self._staged.append(staging)
+        staging.view[:] = content
+        return staging
+
+    def allocate(self, nbytes: int) -> DeviceMemory:
+        """Allocates device memory."""
+        self._allocated.append(self.device.allocate(nbytes))
+        return self._allocated[-1]
+
+    def read(self, memory: DeviceMemory) -> bytes:
+        """All bytes of device memory."""
+        return _read(self.device, memory)
+
+    def close(self) -> None:
+        """Waits for the device and gives everything back."""
+        self.device.barrier().synchronize()
+        self.stream.close()
+        for staging in self._staged:
+            staging.close()
+        for memory in self._allocated:
+            self.device.free(memory)
 
 
 class DeviceConformance(ABC):
@@ -40,47 +82,11 @@ class DeviceConformance(ABC):
         """
 
     @pytest.fixture
-    def stream(self, device: Device) -> Iterator[Stream]:
-        """A stream of the device."""
-        stream = device.stream()
-        yield stream
-        stream.close()
-
-    @pytest.fixture
-    def stage(self, device: Device) -> Iterator[Callable[[bytes], StagingMemory]]:
-        """Makes staging memory with given content."""
-        made: list[StagingMemory] = []
-
-        def stage(content: bytes) -> StagingMemory:
-            staging = device.staging(len(content))
-            made.append(staging)
-            staging.view[:] = content
-            return staging
-
-        yield stage
-        device.barrier().synchronize()
-        for staging in made:
-            staging.close()
-
-    @pytest.fixture
-    def allocate(self, device: Device) -> Iterator[Callable[[int], DeviceMemory]]:
-        """Allocates device memory that is freed after the test."""
-        made: list[DeviceMemory] = []
-
-        def allocate(nbytes: int) -> DeviceMemory:
-            made.append(device.allocate(nbytes))
-            return made[-1]
-
-        yield allocate
-        device.barrier().synchronize()
-        for memory in made:
-            device.free(memory)
-
-    def read(self, device: Device, memory: DeviceMemory) -> bytes:
-        """All bytes of device memory."""
-        content = bytearray(memory.nbytes)
-        device.download(memory, 0, memoryview(content))
-        return bytes(content)
+    def rig(self, device: Device) -> Iterator[Rig]:
+        """The device with a stream, and with memory that is given back after the test."""
+        rig = Rig(device)
+        yield rig
+        rig.close()
 
     # Memory
 
@@ -91,11 +97,11 @@ class DeviceConformance(ABC):
         assert 0 < memory.free <= memory.total == info.total_bytes
 
     @pytest.mark.parametrize("nbytes", [1, 255, 256, 257, _PAGE + 1])
-    def test_memory_is_aligned_and_apart(self, allocate: Callable[[int], DeviceMemory], nbytes: int) -> None:
-        made = [allocate(nbytes) for _ in range(5)]
+    def test_memory_is_aligned_and_apart(self, rig: Rig, nbytes: int) -> None:
+        made = [rig.allocate(nbytes) for _ in range(5)]
         assert all(memory.nbytes == nbytes and memory.address > 0 and memory.address % 256 == 0 for memory in made)
         starts = sorted(memory.address for memory in made)
-        assert all(after - before >= nbytes for before, after in zip(starts, starts[1:], strict=False))
+        assert all(after - before >= nbytes for before, after in pairwise(starts))
 
     def test_empty_memory_has_no_address(self, device: Device) -> None:
         memory = device.allocate(0)
@@ -129,17 +135,15 @@ class DeviceConformance(ABC):
         assert (caught.value.breakdown, caught.value.device) == ({}, device.info.name)
         device.free(device.allocate(_PAGE))
 
-    def test_memory_outlives_the_device_object(
-        self, device: Device, stage: Callable[[bytes], StagingMemory], stream: Stream
-    ) -> None:
-        memory, content = device.allocate(_PAGE), _content(_PAGE)
-        stream.upload(memory, 0, stage(content), 0, _PAGE)
-        stream.close()
-        device.close()
-        assert self.read(device, memory) == content
-        device.barrier().synchronize()
-        device.free(memory)
-        device.close()
+    def test_memory_outlives_the_device_object(self, rig: Rig) -> None:
+        memory, content = rig.device.allocate(_PAGE), _content(_PAGE)
+        rig.stream.upload(memory, 0, rig.stage(content), 0, _PAGE)
+        rig.stream.close()
+        rig.device.close()
+        assert rig.read(memory) == content
+        rig.device.barrier().synchronize()
+        rig.device.free(memory)
+        rig.device.close()
 
     # Staging
 
@@ -164,41 +168,25 @@ class DeviceConformance(ABC):
     # Copies
 
     @pytest.mark.parametrize("nbytes", _SIZES)
-    def test_bytes_arrive(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-        nbytes: int,
-    ) -> None:
-        content, memory = _content(nbytes), allocate(nbytes)
-        stream.upload(memory, 0, stage(content), 0, nbytes)
-        stream.record().synchronize()
-        assert self.read(device, memory) == content
+    def test_bytes_arrive(self, rig: Rig, nbytes: int) -> None:
+        content, memory = _content(nbytes), rig.allocate(nbytes)
+        rig.stream.upload(memory, 0, rig.stage(content), 0, nbytes)
+        rig.stream.record().synchronize()
+        assert rig.read(memory) == content
 
     @pytest.mark.parametrize("nbytes", _SIZES)
     @pytest.mark.parametrize(("target_offset", "staging_offset"), [(1, 0), (0, 1), (513, 3), (_PAGE, _PAGE)])
-    def test_a_part_goes_into_a_part(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-        nbytes: int,
-        target_offset: int,
-        staging_offset: int,
-    ) -> None:
+    def test_a_part_goes_into_a_part(self, rig: Rig, nbytes: int, target_offset: int, staging_offset: int) -> None:
         content = _content(staging_offset + nbytes + 7)
-        memory = allocate(target_offset + nbytes + 5)
-        stream.upload(memory, 0, stage(bytes([_GUARD]) * memory.nbytes), 0, memory.nbytes)
-        stream.upload(memory, target_offset, stage(content), staging_offset, nbytes)
-        stream.record().synchronize()
-        found = self.read(device, memory)
+        memory = rig.allocate(target_offset + nbytes + 5)
+        rig.stream.upload(memory, 0, rig.stage(bytes([_GUARD]) * memory.nbytes), 0, memory.nbytes)
+        rig.stream.upload(memory, target_offset, rig.stage(content), staging_offset, nbytes)
+        rig.stream.record().synchronize()
+        found = rig.read(memory)
         assert found[target_offset : target_offset + nbytes] == content[staging_offset : staging_offset + nbytes]
         assert set(found[:target_offset]) | set(found[target_offset + nbytes :]) == {_GUARD}
         part = bytearray(5)
-        device.download(memory, memory.nbytes - 5, memoryview(part))
+        rig.device.download(memory, memory.nbytes - 5, memoryview(part))
         assert part == bytes([_GUARD]) * 5
 
     @pytest.mark.parametrize(
@@ -206,107 +194,74 @@ class DeviceConformance(ABC):
         [(0, 0, 33), (1, 0, 32), (0, 33, 32), (-1, 0, 8), (0, -1, 8), (0, 0, -1), (32, 0, 1), (1 << 63, 0, 1)],
     )
     def test_ranges_are_checked_before_anything_moves(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-        target_offset: int,
-        staging_offset: int,
-        nbytes: int,
+        self, rig: Rig, target_offset: int, staging_offset: int, nbytes: int
     ) -> None:
-        memory, content = allocate(32), _content(64)
-        stream.upload(memory, 0, stage(bytes([_GUARD]) * 32), 0, 32)
+        memory, content = rig.allocate(32), _content(64)
+        rig.stream.upload(memory, 0, rig.stage(bytes([_GUARD]) * 32), 0, 32)
         with pytest.raises(RangeError) as caught:
-            stream.upload(memory, target_offset, stage(content), staging_offset, nbytes)
+            rig.stream.upload(memory, target_offset, rig.stage(content), staging_offset, nbytes)
         assert caught.value.nbytes == nbytes
         assert caught.value.offset in {target_offset, staging_offset}
         assert caught.value.limit in {32, 64}
-        stream.record().synchronize()
-        assert self.read(device, memory) == bytes([_GUARD]) * 32
+        rig.stream.record().synchronize()
+        assert rig.read(memory) == bytes([_GUARD]) * 32
 
     @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 4), (0, 33), (30, 3), (33, 0)])
-    def test_downloads_stay_inside(
-        self, device: Device, allocate: Callable[[int], DeviceMemory], offset: int, nbytes: int
-    ) -> None:
+    def test_downloads_stay_inside(self, rig: Rig, offset: int, nbytes: int) -> None:
         buffer = bytearray(nbytes)
         with pytest.raises(RangeError):
-            device.download(allocate(32), offset, memoryview(buffer))
+            rig.device.download(rig.allocate(32), offset, memoryview(buffer))
 
-    def test_copies_of_a_stream_are_in_order(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-    ) -> None:
+    def test_copies_of_a_stream_are_in_order(self, rig: Rig) -> None:
         nbytes = 256 << 10
         contents = [_content(nbytes, seed) for seed in range(2)]
-        stages, memory = [stage(content) for content in contents], allocate(nbytes)
+        stages, memory = [rig.stage(content) for content in contents], rig.allocate(nbytes)
         for turn in range(50):
-            stream.upload(memory, 0, stages[turn % 2], 0, nbytes)
-        stream.record().synchronize()
-        assert self.read(device, memory) == contents[1]
+            rig.stream.upload(memory, 0, stages[turn % 2], 0, nbytes)
+        rig.stream.record().synchronize()
+        assert rig.read(memory) == contents[1]
 
-    def test_many_small_copies_share_a_buffer(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-    ) -> None:
+    def test_many_small_copies_share_a_buffer(self, rig: Rig) -> None:
         content = _content(109 * 640)
-        staging, made = stage(content), [allocate(640) for _ in range(109)]
+        staging, made = rig.stage(content), [rig.allocate(640) for _ in range(109)]
         for number, memory in enumerate(made):
-            stream.upload(memory, 0, staging, number * 640, 640)
-        stream.record().synchronize()
-        assert b"".join(self.read(device, memory) for memory in made) == content
+            rig.stream.upload(memory, 0, staging, number * 640, 640)
+        rig.stream.record().synchronize()
+        assert b"".join(rig.read(memory) for memory in made) == content
 
-    def test_a_buffer_is_filled_again_once_its_event_has_passed(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-    ) -> None:
+    def test_a_buffer_is_filled_again_once_its_event_has_passed(self, rig: Rig) -> None:
         size, count = 128 << 10, 32
-        content, memory, staging = _content(size * count), allocate(size * count), stage(bytes(2 * size))
-        events = [stream.record(), stream.record()]
+        content, memory, staging = _content(size * count), rig.allocate(size * count), rig.stage(bytes(2 * size))
+        events = [rig.stream.record(), rig.stream.record()]
         for number in range(count):
             half = number % 2
             events[half].synchronize()
             staging.view[half * size : (half + 1) * size] = content[number * size : (number + 1) * size]
-            stream.upload(memory, number * size, staging, half * size, size)
-            events[half] = stream.record()
-        stream.close()
-        assert self.read(device, memory) == content
+            rig.stream.upload(memory, number * size, staging, half * size, size)
+            events[half] = rig.stream.record()
+        rig.stream.close()
+        assert rig.read(memory) == content
 
     # Streams and events
 
-    def test_an_idle_streams_event_passes(self, stream: Stream) -> None:
-        event = stream.record()
+    def test_an_idle_streams_event_passes(self, rig: Rig) -> None:
+        event = rig.stream.record()
         event.synchronize()
         event.synchronize()
         assert event.done()
 
-    def test_an_event_passes_when_the_work_before_it_has_ended(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-    ) -> None:
-        content, memory = _content(_PAGE), allocate(_PAGE)
-        staging = stage(content)
+    def test_an_event_passes_when_the_work_before_it_has_ended(self, rig: Rig) -> None:
+        content, memory = _content(_PAGE), rig.allocate(_PAGE)
+        staging = rig.stage(content)
         passed_before_release: list[bool] = []
         released = threading.Event()
-        early = stream.record()
-        with self.hold(device, stream) as release:
-            stream.upload(memory, 0, staging, 0, _PAGE)
-            event = stream.record()
+        early = rig.stream.record()
+        with self.hold(rig.device, rig.stream) as release:
+            rig.stream.upload(memory, 0, staging, 0, _PAGE)
+            event = rig.stream.record()
 
             def wait() -> None:
-                device.attach()
+                rig.device.attach()
                 event.synchronize()
                 passed_before_release.append(not released.is_set())
 
@@ -320,65 +275,58 @@ class DeviceConformance(ABC):
             waiter.join(_TIMEOUT)
             assert passed_before_release == [False]
             assert event.done()
-        assert self.read(device, memory) == content
+        assert rig.read(memory) == content
 
-    def test_streams_do_not_wait_for_each_other(
-        self,
-        device: Device,
-        stream: Stream,
-        stage: Callable[[bytes], StagingMemory],
-        allocate: Callable[[int], DeviceMemory],
-    ) -> None:
-        content, memory, staging, other = _content(_PAGE), allocate(_PAGE), stage(_content(_PAGE)), device.stream()
-        with self.hold(device, stream):
-            late = stream.record()
+    def test_streams_do_not_wait_for_each_other(self, rig: Rig) -> None:
+        content, memory, other = _content(_PAGE), rig.allocate(_PAGE), rig.device.stream()
+        staging = rig.stage(content)
+        with self.hold(rig.device, rig.stream):
+            late = rig.stream.record()
             other.upload(memory, 0, staging, 0, _PAGE)
             other.record().synchronize()
-            assert self.read(device, memory) == content
             assert not late.done()
-            other.close()
+        other.close()
+        assert rig.read(memory) == content
 
-    def test_a_barrier_waits_for_every_stream(self, device: Device, stream: Stream) -> None:
-        other = device.stream()
-        with self.hold(device, stream) as release:
-            barrier = device.barrier()
+    def test_a_barrier_waits_for_every_stream(self, rig: Rig) -> None:
+        other = rig.device.stream()
+        with self.hold(rig.device, rig.stream) as release:
+            barrier = rig.device.barrier()
             other.record().synchronize()
             assert not barrier.done()
             release()
             barrier.synchronize()
             assert barrier.done()
-            stream.record().synchronize()
+            rig.stream.record().synchronize()
         other.close()
 
-    def test_a_barrier_waits_for_other_libraries(self, device: Device, stream: Stream) -> None:
-        with self.hold(device, None) as release:
-            barrier = device.barrier()
-            stream.record().synchronize()
+    def test_a_barrier_waits_for_other_libraries(self, rig: Rig) -> None:
+        with self.hold(rig.device, None) as release:
+            barrier = rig.device.barrier()
+            rig.stream.record().synchronize()
             assert not barrier.done()
             release()
             barrier.synchronize()
             assert barrier.done()
 
-    def test_a_barrier_does_not_wait_for_what_comes_after_it(self, device: Device, stream: Stream) -> None:
-        barrier = device.barrier()
-        with self.hold(device, None), self.hold(device, stream):
+    def test_a_barrier_does_not_wait_for_what_comes_after_it(self, rig: Rig) -> None:
+        barrier = rig.device.barrier()
+        with self.hold(rig.device, None), self.hold(rig.device, rig.stream):
             barrier.synchronize()
             assert barrier.done()
 
-    def test_closing_a_stream_waits_for_its_work(
-        self, device: Device, stage: Callable[[bytes], StagingMemory], allocate: Callable[[int], DeviceMemory]
-    ) -> None:
-        stream, nbytes = device.stream(), 8 << 20
-        content, memory = _content(nbytes), allocate(nbytes)
-        staging = stage(content)
-        stream.upload(memory, 0, staging, 0, nbytes)
-        stream.close()
-        stream.close()
-        assert self.read(device, memory) == content
+    def test_closing_a_stream_waits_for_its_work(self, rig: Rig) -> None:
+        nbytes = 8 << 20
+        content, memory = _content(nbytes), rig.allocate(nbytes)
+        staging = rig.stage(content)
+        rig.stream.upload(memory, 0, staging, 0, nbytes)
+        rig.stream.close()
+        rig.stream.close()
+        assert rig.read(memory) == content
         with pytest.raises(DeviceError):
-            stream.upload(memory, 0, staging, 0, nbytes)
+            rig.stream.upload(memory, 0, staging, 0, nbytes)
         with pytest.raises(DeviceError):
-            stream.record()
+            rig.stream.record()
 
     def test_threads_use_it_together(self, device: Device) -> None:
         found: dict[int, bool] = {}
@@ -394,7 +342,7 @@ class DeviceConformance(ABC):
             for offset in range(0, len(content), 64 << 10):
                 stream.upload(memory, offset, staging, offset, min(64 << 10, len(content) - offset))
             stream.record().synchronize()
-            found[number] = self.read(device, memory) == content
+            found[number] = _read(device, memory) == content
             stream.close()
             staging.close()
             device.free(memory)

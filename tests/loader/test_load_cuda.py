@@ -129,7 +129,7 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
     what one of those takes.
     """
     path = tmp_path / "model.gguf"
-    await run_in_thread(synthesize, path, preset="llama-8b", quant="Q4_K_M", layers=4)
+    await run_in_thread(synthesize, path, preset="llama-8b", quant="Q4_K_M", layers=1)
     stop = threading.Event()
     taken: list[float] = []
 
@@ -164,7 +164,7 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(tick)
-                for _ in range(10):
+                for _ in range(2):
                     (await loader.load(path)).close()
                     await run_in_thread(loader.tracker.flush)
                 group.cancel_scope.cancel()

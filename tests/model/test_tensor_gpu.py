@@ -189,7 +189,7 @@ def test_cupy_arrays_are_filled(device: Device, cupy: Any) -> None:
         __cuda_array_interface__ = theirs.__cuda_array_interface__
 
     for buffer in (theirs, OnlyInterface()):
-        theirs.fill(0)
+        theirs.set(np.zeros((3, 4), np.float16))
         target = borrow(buffer, tensor_name="a.weight")
         assert (target.address, target.dtype) == (theirs.data.ptr, DType.FLOAT16)
         check_target(target, (3, 4), DType.FLOAT16, device.info, "a.weight")

@@ -1,0 +1,275 @@
+"""CUDA devices: the contract, and what only a real driver can show."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
+
+from asyncload.device import Device, Stream, default_device, open_device
+from asyncload.device._cuda import CudaDevice, CudaStream, cuda_device_count
+from asyncload.errors import BackendUnavailableError, DeviceNotFoundError
+from asyncload.testing import DeviceConformance, SleepingKernel
+
+TIMEOUT = 60.0
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Iterator[SleepingKernel]:
+    kernel = SleepingKernel()
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def cuda() -> Iterator[CudaDevice]:
+    device = CudaDevice()
+    yield device
+    device.close()
+
+
+@pytest.mark.gpu
+class TestCudaDevice(DeviceConformance):
+    @pytest.fixture
+    def device(self, cuda: CudaDevice, kernel: SleepingKernel) -> CudaDevice:
+        self.kernel = kernel
+        return cuda
+
+    @contextmanager
+    def hold(self, device: Device, stream: Stream | None) -> Generator[Callable[[], None]]:
+        assert isinstance(device, CudaDevice)
+        assert stream is None or isinstance(stream, CudaStream)
+        with self.kernel.asleep(self.kernel.stream() if stream is None else stream) as sleep:
+            yield sleep.wake
+
+
+# Without a GPU
+
+NO_DEVICE = """
+from asyncload.device import default_device, open_device
+from asyncload.device._cuda import cuda_device_count
+from asyncload.errors import BackendUnavailableError, DeviceNotFoundError
+assert cuda_device_count() == 0
+assert default_device() == "host"
+try:
+    open_device("cuda")
+except (BackendUnavailableError, DeviceNotFoundError) as error:
+    print(type(error).__name__, error.device)
+"""
+
+
+def run(script: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+        env={**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path)), **environment},
+    ).stdout.strip()
+
+
+def test_no_device_is_visible() -> None:
+    assert run(NO_DEVICE, CUDA_VISIBLE_DEVICES="") in {"DeviceNotFoundError cuda:0", "BackendUnavailableError cuda"}
+
+
+def test_the_packages_are_missing() -> None:
+    hide = "import sys; sys.modules['cuda'] = None\n"
+    assert run(hide + NO_DEVICE) == "BackendUnavailableError cuda"
+
+
+def test_there_is_no_driver() -> None:
+    if cuda_device_count() > 0 or not find_spec("cuda"):
+        pytest.skip("shown only where the packages are installed and the driver is not")
+    with pytest.raises(BackendUnavailableError) as caught:
+        CudaDevice()
+    assert isinstance(caught.value, ImportError)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert default_device() == "host"
+
+
+def test_the_kernel_of_the_gpu_tests_compiles() -> None:
+    for architecture in ("sm_80", "sm_90"):
+        assert len(SleepingKernel.compile(architecture).code) > 0
+
+
+# With one
+
+
+@pytest.mark.gpu
+def test_devices_are_found_by_name() -> None:
+    count = cuda_device_count()
+    assert count > 0
+    assert default_device() == "cuda:0"
+    for number, name in enumerate(["cuda", *(f"cuda:{number}" for number in range(1, count))]):
+        device = open_device(name)
+        assert device.info.name == f"cuda:{number}"
+        assert (device.info.kind, device.info.index) == ("cuda", number)
+        assert device.info.model
+        device.close()
+    with pytest.raises(DeviceNotFoundError) as caught:
+        open_device(f"cuda:{count}")
+    assert caught.value.device == f"cuda:{count}"
+
+
+@pytest.mark.gpu
+def test_freed_memory_is_the_drivers_again(cuda: CudaDevice) -> None:
+    before = cuda.memory().free
+    made = [cuda.allocate(27 << 20) for _ in range(40)]
+    assert before - cuda.memory().free >= 40 * (27 << 20)
+    for memory in made:
+        cuda.free(memory)
+    assert cuda.memory().free == before
+
+
+def memory_type(cuda: CudaDevice, address: int) -> str:
+    driver = cuda.driver
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+    code, value = driver.cuPointerGetAttribute(attribute, address)
+    return driver.CUmemorytype(int(value)).name if int(code) == 0 else code.name
+
+
+@pytest.mark.gpu
+def test_staging_memory_is_registered_and_given_back(cuda: CudaDevice) -> None:
+    staging = cuda.staging((8 << 20) + 4096)
+    for offset in (0, 4 << 20, 8 << 20):
+        assert memory_type(cuda, staging.address + offset) == "CU_MEMORYTYPE_HOST"
+    address, view = staging.address, staging.view[:]  # the view keeps the pages mapped
+    staging.close()
+    assert memory_type(cuda, address) == "CUDA_ERROR_INVALID_VALUE"
+    assert view[0] == 0
+    assert memory_type(cuda, 1) == "CUDA_ERROR_INVALID_VALUE"
+
+
+@pytest.mark.gpu
+def test_allocated_memory_is_device_memory(cuda: CudaDevice) -> None:
+    memory = cuda.allocate(4096)
+    assert memory_type(cuda, memory.address) == "CU_MEMORYTYPE_DEVICE"
+    cuda.free(memory)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["event", "barrier", "close", "download"])
+def test_waiting_threads_sleep(cuda: CudaDevice, kernel: SleepingKernel, what: str) -> None:
+    stream = cuda.stream()
+    memory, buffer = cuda.allocate(4096), memoryview(bytearray(4096))
+    with kernel.asleep(stream, seconds=0.2):
+        wait = {
+            "event": lambda: stream.record().synchronize(),
+            "barrier": lambda: cuda.barrier().synchronize(),
+            "close": stream.close,
+            "download": lambda: (stream.record().synchronize(), cuda.download(memory, 0, buffer)),
+        }[what]
+        wall, processor = time.perf_counter(), time.thread_time()
+        wait()
+        processor, wall = time.thread_time() - processor, time.perf_counter() - wall
+    stream.close()
+    cuda.free(memory)
+    assert processor < 0.5 * wall
+
+
+@pytest.mark.gpu
+def test_waiting_frees_the_interpreter_lock(cuda: CudaDevice, kernel: SleepingKernel) -> None:
+    """Only another thread can wake the kernel, so a waiter that kept the lock would never come back."""
+    stream = cuda.stream()
+    passed = threading.Event()
+    with kernel.asleep(stream) as sleep:
+        waiting = threading.Event()
+
+        def wait() -> None:
+            cuda.attach()
+            waiting.set()
+            stream.record().synchronize()
+            passed.set()
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        assert waiting.wait(TIMEOUT)
+        assert not passed.is_set()
+        sleep.wake()
+        assert passed.wait(TIMEOUT)
+        waiter.join(TIMEOUT)
+    stream.close()
+
+
+@pytest.mark.gpu
+def test_a_copy_is_enqueued_and_not_waited_for(cuda: CudaDevice, kernel: SleepingKernel) -> None:
+    nbytes = 64 << 20
+    staging, memory, stream = cuda.staging(nbytes), cuda.allocate(nbytes), cuda.stream()
+    staging.view[-4:] = b"done"
+    with kernel.asleep(stream) as sleep:
+        for offset in range(0, nbytes, 4 << 20):
+            stream.upload(memory, offset, staging, offset, 4 << 20)
+        event = stream.record()
+        assert not event.done()
+        sleep.wake()
+        event.synchronize()
+    tail = bytearray(4)
+    cuda.download(memory, nbytes - 4, memoryview(tail))
+    assert tail == b"done"
+    stream.close()
+    staging.close()
+    cuda.free(memory)
+
+
+@pytest.mark.gpu
+def test_a_barrier_waits_for_the_default_streams(cuda: CudaDevice, kernel: SleepingKernel) -> None:
+    from cuda.core import LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM
+
+    for default in (LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM):
+        with kernel.asleep(default) as sleep:
+            barrier = cuda.barrier()
+            assert not barrier.done()
+            sleep.wake()
+            barrier.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_thread_that_never_attached_allocates_and_reads(cuda: CudaDevice) -> None:
+    found: list[bytes] = []
+
+    def work() -> None:
+        staging, memory = cuda.staging(4096), cuda.allocate(4096)
+        stream = cuda.stream()
+        staging.view[:] = b"a" * 4096
+        stream.upload(memory, 0, staging, 0, 4096)
+        cuda.barrier().synchronize()
+        buffer = bytearray(memory.nbytes)
+        cuda.download(memory, 0, memoryview(buffer))
+        found.append(bytes(buffer))
+        stream.close()
+        staging.close()
+        cuda.free(memory)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(TIMEOUT)
+    assert found == [b"a" * 4096]
+
+
+BAD_COPY = """
+from asyncload.device import DeviceMemory, open_device
+from asyncload.errors import DeviceError
+device = open_device("cuda:0")
+staging, stream = device.staging(4096), device.stream()
+try:
+    stream.upload(DeviceMemory(256, 4096), 0, staging, 0, 4096)
+    stream.record().synchronize()
+except DeviceError as error:
+    print(type(error).__name__, error.device, error.code)
+"""
+
+
+@pytest.mark.gpu
+def test_a_refused_copy_carries_the_drivers_code() -> None:
+    """In a process of its own, as a context may be unusable after it."""
+    kind, device, code = run(BAD_COPY).split()
+    assert (kind, device) == ("CopyError", "cuda:0")
+    assert code.startswith("CUDA_ERROR_")

@@ -1,0 +1,272 @@
+"""The cache of compiled kernels, always in processes of its own: what one process compiled, no other compiles again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import asyncload
+from asyncload.errors import UnsupportedQuantError
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, prepare
+
+# Prepares pairs, decodes one block, and tells what happened in this process.
+SCRIPT = """
+import json, logging, subprocess, sys
+logging.basicConfig(format="%(name)s %(levelname)s %(message)s")
+import numba.core.event as event
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, decode, prepare
+passes, children, run = [], [], subprocess.run
+def count(*arguments, **options):
+    children.append(arguments)
+    return run(*arguments, **options)
+subprocess.run = count
+class Listener(event.Listener):
+    def on_start(self, event):
+        if "_decode_blocks" in event.data["qualname"]: passes.append(event.data["name"])
+    def on_end(self, event): pass
+event.register("numba:run_pass", Listener())
+{before}
+prepare([(GGMLType.Q4_0, DType.FLOAT32), (GGMLType.Q8_0, DType.BFLOAT16)])
+{after}
+target = bytearray(128)
+decode(GGMLType.Q4_0, DType.FLOAT32, memoryview(b"\\0\\x3c" + b"\\x80" * 16), memoryview(target))
+from asyncload.quant._kernels import KERNEL
+hits = sum(KERNEL.stats.cache_hits.values())
+folder = KERNEL.stats.cache_path
+values = memoryview(target).cast("f").tolist()
+print(json.dumps(dict(passes=len(passes), children=len(children), hits=hits, folder=folder, values=values)))
+"""
+PACKAGE = Path(asyncload.__file__).parent
+# Of a scale of 1 and codes of 0 and 8.
+VALUES = [-8.0] * 16 + [0.0] * 16
+
+
+@dataclass
+class Outcome:
+    passes: int  # compiler passes over the kernel in the process itself
+    children: int  # subprocesses that it started
+    hits: int  # loads from the cache on disk
+    folder: str | None  # of the cache
+    values: list[float]
+    log: str
+
+
+def run(environment: Mapping[str, str], before: str = "", after: str = "") -> Outcome:
+    script = SCRIPT.replace("{before}", before).replace("{after}", after)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    return Outcome(**json.loads(result.stdout), log=result.stderr)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> dict[str, str]:
+    return {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """A copy of what decodes, to be changed."""
+    package = tmp_path / "copy" / "asyncload"
+    for room in ("gguf", "quant"):
+        shutil.copytree(PACKAGE / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for module in ("__init__.py", "errors.py"):
+        shutil.copy(PACKAGE / module, package)
+    return package
+
+
+def files(environment: Mapping[str, str]) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in Path(environment["NUMBA_CACHE_DIR"]).rglob("*.*")}
+
+
+def code_files(outcome: Outcome) -> list[Path]:
+    assert outcome.folder is not None
+    return sorted(Path(outcome.folder).glob("*.nbc"))
+
+
+def test_a_cold_cache_is_filled_by_a_subprocess_and_a_warm_one_only_read(cache: dict[str, str]) -> None:
+    cold = run(cache)
+    assert (cold.passes, cold.children, cold.hits, cold.values) == (0, 1, 2, VALUES)
+    filled = files(cache)
+    assert sum(name.endswith(".nbc") for name in filled) == 2
+
+    warm = run(cache)
+    assert (warm.passes, warm.children, warm.hits, warm.values) == (0, 0, 2, VALUES)
+    assert files(cache) == filled
+
+
+def test_what_is_ready_is_not_prepared_again(cache: dict[str, str]) -> None:
+    again = "prepare([(GGMLType.Q4_0, DType.FLOAT32)] * 2)\nprepare([])\nprepare([(GGMLType.F16, DType.FLOAT16)])"
+    outcome = run(cache, after=again)
+    assert (outcome.children, outcome.hits) == (1, 2)
+
+
+def test_many_threads_prepare_once(cache: dict[str, str]) -> None:
+    outcome = run(
+        cache,
+        before="""
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(prepare, [[(GGMLType.Q4_0, DType.FLOAT32), (GGMLType.Q8_0, DType.BFLOAT16)]] * 8))
+""",
+    )
+    assert (outcome.passes, outcome.children, outcome.hits, outcome.values) == (0, 1, 2, VALUES)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("sys.executable = '/bin/false'", "could not be compiled in a subprocess"),
+        ("sys.executable = '/no/such/python'", "could not be compiled in a subprocess"),
+        ("sys.executable = None", "in this process"),
+        ("sys.frozen = True", "in this process"),
+    ],
+    ids=["failing", "missing", "unknown", "frozen"],
+)
+def test_without_a_subprocess_it_compiles_here_and_says_so(cache: dict[str, str], before: str, said: str) -> None:
+    outcome = run(cache, before)
+    assert outcome.passes > 0
+    assert outcome.values == VALUES
+    assert "asyncload.quant WARNING" in outcome.log
+    assert said in outcome.log
+    assert len(code_files(outcome)) == 2  # kept for the next process all the same
+
+
+def test_without_a_place_to_write_it_compiles_here(copied_package: Path, tmp_path: Path) -> None:
+    """Permissions would not stop the superuser; a file where the folder should be does."""
+    (copied_package / "quant" / "__pycache__").write_bytes(b"")
+    (tmp_path / "file").write_bytes(b"")
+    nowhere = str(tmp_path / "file" / "below")
+    environment = {
+        "PYTHONPATH": str(copied_package.parent),
+        "NUMBA_CACHE_DIR": nowhere,
+        "XDG_CACHE_HOME": nowhere,
+        "HOME": nowhere,
+    }
+    outcome = run(environment)
+    assert outcome.passes > 0
+    assert (outcome.children, outcome.folder, outcome.values) == (0, None, VALUES)
+    assert "in this process" in outcome.log
+
+
+def test_a_disk_that_fills_up_is_survived(cache: dict[str, str]) -> None:
+    outcome = run(
+        cache,
+        before="""
+sys.frozen = True
+import numba.core.caching
+def full(*_): raise OSError(28, "No space left on device")
+numba.core.caching.IndexDataCacheFile._save_data = full
+""",
+    )
+    assert outcome.values == VALUES
+    assert "No space left" in outcome.log
+
+
+def test_changed_sources_are_compiled_anew(copied_package: Path, cache: dict[str, str]) -> None:
+    """Numba itself watches the kernel's file only; the decoders are in others."""
+    environment = {**cache, "PYTHONPATH": str(copied_package.parent)}
+    assert run(environment).values == VALUES
+    decoders = copied_package / "quant" / "_legacy.py"
+    original = decoders.read_text()
+    decoders.write_text(original.replace("(q - 8).to_float()", "(q - 7).to_float()"))
+    changed = run(environment)
+    assert changed.children == 1
+    assert changed.values == [value + 1 for value in VALUES]
+    decoders.write_text(original)
+    restored = run(environment)
+    assert (restored.children, restored.values) == (0, VALUES)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "swapped", "missing", "index"])
+def test_a_damaged_cache_is_written_again(cache: dict[str, str], damage: str) -> None:
+    first, second = code_files(cold := run(cache))
+    match damage:
+        case "truncated":
+            first.write_bytes(first.read_bytes()[:1000])
+            second.write_bytes(b"")
+        case "swapped":  # a writer that died between the index and the code leaves such a state
+            code = first.read_bytes()
+            first.write_bytes(second.read_bytes())
+            second.write_bytes(code)
+        case "missing":
+            first.unlink()
+            second.unlink()
+        case _:
+            (index,) = first.parent.glob("*.nbi")
+            index.write_bytes(index.read_bytes()[:-20])
+    repaired = run(cache)
+    assert (repaired.passes, repaired.children, repaired.values) == (0, 1, cold.values)
+    run(cache)  # code that is good but was filed as another's is used, and compiled once more by the next process
+    warm = run(cache)
+    assert (warm.children, warm.hits, warm.values) == (0, 2, VALUES)
+
+
+LEVELS = ["x86-64-v2", "x86-64-v3"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="these are levels of x86-64")
+def test_lesser_processors_give_the_same_bits(
+    level: str,
+    cache: dict[str, str],
+    tmp_path: Path,
+    blocks: Callable[[GGMLType], npt.NDArray[np.uint8]],
+    reference: Callable[[GGMLType, DType], npt.NDArray[Any]],
+    differences: Callable[[npt.NDArray[np.uint8], npt.NDArray[Any]], int],
+) -> None:
+    """Without AVX-512 nothing is looked up, without F16C float16 is converted by integers."""
+    from asyncload.quant._kernels import DECODERS
+
+    for type_ in DECODERS:
+        blocks(type_).tofile(tmp_path / type_.name)
+    script = """
+import sys
+from itertools import product
+from pathlib import Path
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, decode
+from asyncload.quant._kernels import DECODERS, processor
+from asyncload.quant._warm import main
+assert (processor().half, processor().permute) == (sys.argv[2] == "x86-64-v3", False), processor()
+pairs = list(product(DECODERS, (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)))
+main([f"{type_.name}:{dtype}" for type_, dtype in pairs])
+for type_, dtype in pairs:
+    source = (Path(sys.argv[1]) / type_.name).read_bytes()
+    target = bytearray(len(source) // type_.type_size * type_.block_size * dtype.itemsize)
+    decode(type_, dtype, memoryview(source), memoryview(target))
+    (Path(sys.argv[1]) / f"{type_.name}-{dtype}").write_bytes(target)
+"""
+    target = {"PYTHONPATH": str(PACKAGE.parent), "NUMBA_CPU_NAME": level, "NUMBA_CPU_FEATURES": ""}
+    command = [sys.executable, "-P", "-c", script, str(tmp_path), level]
+    subprocess.run(command, env={**os.environ, **cache, **target}, check=True, timeout=100)
+    for type_ in DECODERS:
+        for dtype in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16):
+            got = np.fromfile(tmp_path / f"{type_.name}-{dtype}", np.uint8)
+            if type_.name.lower() != {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]:
+                assert differences(got, reference(type_, dtype)) == 0, (type_, dtype)
+
+
+def test_pairs_outside_the_table_are_refused_before_anything_is_compiled() -> None:
+    with pytest.raises(UnsupportedQuantError) as caught:
+        prepare([(GGMLType.Q4_0, DType.FLOAT32), (GGMLType.TQ1_0, DType.FLOAT32)])
+    assert (caught.value.type, caught.value.dtype) == ("TQ1_0", "float32")
