@@ -92,7 +92,8 @@ def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, rounds:
 
     seconds = _turns(jobs, parts, threads, rounds)
     rates = {  # billions of weights a second
-        name: sum(out.nbytes for _, out in parts(name)) / dtype.itemsize / taken / 1e9 for name, taken in seconds.items()
+        name: sum(out.nbytes for _, out in parts(name)) / dtype.itemsize / taken / 1e9
+        for name, taken in seconds.items()
     }
     ours, limit = rates["ours"], max(rates[name] for name in limits) * dtype.itemsize
     return Row(

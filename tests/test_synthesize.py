@@ -112,6 +112,12 @@ def test_activations_carry_their_sums(kind: GGMLType) -> None:
         assert np.allclose(scale * codes.sum(axis=1), total, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.TQ1_0, gguf.GGMLQuantizationType.TQ2_0])
+def test_ternary_blocks_are_what_quantizing_gives(kind: gguf.GGMLQuantizationType) -> None:
+    blocks = random_blocks(GGMLType(kind), 64, seed=2)
+    assert np.array_equal(gguf.quants.quantize(gguf.quants.dequantize(blocks, kind), kind), blocks)
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "BF16", "F16", "MXFP4", "IQ1_M"])
 def test_gguf_py_decodes_them_as_ggml_does(kind: str) -> None:
     blocks = random_blocks(GGMLType[kind], 64, seed=2)
@@ -154,11 +160,12 @@ def test_no_two_tensors_are_alike(tmp_path: Path) -> None:
     assert len(set(contents.values())) == len(contents)
 
 
-def test_weights_repeat_without_two_chunks_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quant", ["F32", "BF16", "Q8_0"])
+def test_weights_repeat_without_two_chunks_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
     """Tensors larger than what is generated: everything is written, in whole blocks, at odd distances."""
     monkeypatch.setattr(_synthesize, "_POOL_BYTES", 64 << 10)
     monkeypatch.setattr(_synthesize, "_JOB_BYTES", 100_000)
-    (path,) = synthesize(tmp_path / "tiny.gguf", preset="tiny", quant="Q8_0", layers=1)
+    (path,) = synthesize(tmp_path / "tiny.gguf", preset="tiny", quant=quant, layers=1)
     header = read(path)
     contents = tensor_bytes(path, header)
     data = contents["output.weight"]

@@ -40,6 +40,10 @@ from asyncload.errors import (
 
 __all__ = ["CudaDevice", "CudaEvent", "CudaStaging", "CudaStream", "cuda_device_count"]
 
+# Pages that the driver has registered. They must not be unmapped before they are unregistered, or whatever is mapped at
+# that address next is copied from the old physical pages: who forgets to close them leaks them here.
+_registered: set[Pages] = set()
+
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 # What cuCtxRecordEvent (new in CUDA 12.5) answers where there is no such thing.
 _NO_CONTEXT_EVENTS = frozenset({"CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_FOUND", "CUDA_ERROR_STUB_LIBRARY"})
@@ -130,10 +134,8 @@ class CudaStaging:
         with self._lock:
             pages, self._pages = self._pages, None
         if pages is not None:
-            try:
-                self._device.unregister(pages)
-            finally:
-                pages.close()
+            self._device.unregister(pages)
+            pages.close()
 
 
 class CudaStream:
@@ -306,6 +308,7 @@ class CudaDevice:
             try:
                 pages.touch()
                 self.check(f"pinning {nbytes} bytes", self.driver.cuMemHostRegister(pages.address, nbytes, 0))
+                _registered.add(pages)
             except BaseException:
                 pages.close()
                 raise
@@ -316,6 +319,7 @@ class CudaDevice:
         if pages.nbytes:
             self.attach()
             self.check("unpinning staging memory", self.driver.cuMemHostUnregister(pages.address))
+            _registered.discard(pages)
 
     def download(self, memory: DeviceMemory, offset: int, buffer: memoryview) -> None:
         """Copies on a stream of its own and sleeps until that has ended."""

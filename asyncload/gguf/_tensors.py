@@ -111,7 +111,7 @@ def place(
         if nbytes:
             total += nbytes
             in_order = in_order and start >= end
-            end = max(end, start + nbytes + padding)
+            end = start + nbytes + padding
         tensors[name] = TensorInfo(name, kind, shape, start, nbytes)
         reader.work(_UNITS_OF_AN_ENTRY)
     if not in_order:

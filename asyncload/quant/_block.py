@@ -18,7 +18,9 @@ __all__ = ["Block", "Decoder", "Processor"]
 
 _CACHE_LINE: Final = 64  # bytes
 _PREFETCH_AHEAD: Final = 2048  # bytes: far enough for memory to answer, near enough to stay in the first-level cache
-_PIECE: Final = 16  # lanes converted and stored at a time; 16-bit results of 32 lanes would be merged from halves, slowly
+_PIECE: Final = (
+    16  # lanes converted and stored at a time; 16-bit results of 32 lanes would be merged from halves, slowly
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,9 @@ class Processor:
 class Block:
     """The bytes of one block, and the ``weights`` elements of ``dtype`` that they decode to; offsets are in bytes."""
 
-    def __init__(self, builder: Any, source: Any, target: Any, weights: int, dtype: DType, processor: Processor) -> None:
+    def __init__(
+        self, builder: Any, source: Any, target: Any, weights: int, dtype: DType, processor: Processor
+    ) -> None:
         self.weights = weights
         self._builder = builder
         self._source = source

@@ -29,7 +29,9 @@ _FLOAT: Final = ir.FloatType()
 
 _CACHE_LINE: Final = 64
 _PREFETCH_AHEAD: Final = 2048  # bytes; far enough for memory to answer, near enough to stay in the first-level cache
-_STORE_LANES: Final = 16  # converted at a time: wider vectors of 16-bit results are merged from halves, at a third of the speed
+_STORE_LANES: Final = (
+    16  # converted at a time: wider vectors of 16-bit results are merged from halves, at a third of the speed
+)
 
 
 @dataclass(frozen=True, slots=True)

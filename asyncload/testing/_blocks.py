@@ -98,17 +98,19 @@ def _iq1_m(blocks: Bytes, random: np.random.Generator) -> None:
 
 
 def _tq1_0(blocks: Bytes, random: np.random.Generator) -> None:
-    """Five ternary digits a byte, four in the last four bytes, as fractions of 256."""
+    """Five ternary digits a byte, four in the last four bytes, as fractions of 256; the scale is positive."""
     digits = np.empty((len(blocks), 52), np.uint16)
     digits[:, :48] = random.integers(0, 243, (len(blocks), 48))
     digits[:, 48:] = random.integers(0, 81, (len(blocks), 4)) * 3
     blocks[:, :52] = ((digits * 256 + 242) // 243).astype(np.uint8)
+    blocks[:, 53] &= 0x7F
 
 
 def _tq2_0(blocks: Bytes, _: np.random.Generator) -> None:
-    """Two bits a digit, of which 3 is none: it becomes 2."""
+    """Two bits a digit, of which 3 is none: it becomes 2; the scale is positive."""
     codes = blocks[:, :64]
     codes &= ~(codes >> 1 & codes & 0x55)
+    blocks[:, 65] &= 0x7F
 
 
 def _mxfp4(blocks: Bytes, random: np.random.Generator) -> None:

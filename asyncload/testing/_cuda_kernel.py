@@ -89,8 +89,9 @@ class SleepingKernel:
         address = ctypes.addressof(self._words) + offset
         sleep = Sleep(address)
         config = self._core.LaunchConfig(grid=1, block=_THREADS)
-        self._core.launch(stream, config, self._kernel, address, int(seconds * 1e9), source, target, nbytes)
-        ended = self._core.Stream.from_handle(stream.__cuda_stream__()[1]).record()
+        launch_on = self._core.Stream.from_handle(stream.__cuda_stream__()[1])
+        self._core.launch(launch_on, config, self._kernel, address, int(seconds * 1e9), source, target, nbytes)
+        ended = launch_on.record()
         try:
             yield sleep
         finally:

@@ -488,7 +488,7 @@ def weights_that_wrap_to_eight() -> bytes:
 
 @attack("more weights than can be counted")
 def weights_that_overflow_beside_a_zero() -> bytes:
-    return gguf(tensors=[tensor(shape=(1 << 32, 1 << 32, 0))], data=bytes(32))
+    return gguf(tensors=[tensor(shape=(0, 1 << 32, 1 << 32))], data=bytes(32))
 
 
 @attack("reaches past the end", TruncatedError)

@@ -107,6 +107,41 @@ def test_raises_the_same_again_when_fed_on(attack: Attack) -> None:
     assert parser.header is None
 
 
+# What stands at the offset of the error.
+CULPRITS = {
+    "version_1": uint(1, 4),
+    "more_tensors_than_fit": uint(1 << 60),
+    "more_keys_than_fit": uint((1 << 63) - 1),
+    "key_of_all_ones": uint(-1),
+    "array_whose_size_wraps_to_zero": uint(1 << 61),
+    "array_of_more_strings_than_fit": uint(1 << 60),
+    "string_in_an_array_longer_than_the_file": uint(1000),
+    "last_string_in_an_array_one_byte_too_long": uint(3) + b"ab",
+    "unknown_value_type": uint(13, 4),
+    "nested_array": uint(9, 4),
+    "bool_of_2": b"\2",
+    "array_with_a_bool_of_3": b"\3\2",
+    "key_that_is_not_utf_8": b"\xff",
+    "key_twice": string(b"k") + uint(8, 4),
+    "alignment_of_64_bits": uint(10, 4) + uint(32),
+    "name_twice": string(b"t"),
+    "five_dimensions": uint(5, 4),
+    "negative_dimension": uint(-1),
+    "weights_that_wrap_to_zero": uint(1 << 32) + uint(0, 4),
+    "rows_that_do_not_fill_their_blocks": uint(33),
+    "removed_type_36": uint(36, 4),
+    "type_43_of_a_fork": uint(43, 4),
+    "data_misaligned": uint(16),
+    "data_beyond_the_end": uint(1 << 40),
+}
+
+
+@pytest.mark.parametrize("name", CULPRITS)
+def test_the_offset_is_the_culprits(name: str) -> None:
+    data = ATTACKS[name]().data
+    assert data[refused(data).offset :].startswith(CULPRITS[name])
+
+
 def test_the_brick_of_all_attacks_is_sound() -> None:
     header = parse(valid())
     assert [tensor.nbytes for tensor in header.tensors.values()] == [32, 36]
@@ -118,6 +153,18 @@ def test_every_truncation_is_refused() -> None:
     for length in range(len(data) - 28):  # the last 28 bytes are padding
         error = refused(data[:length])
         assert 0 <= error.offset <= length
+
+
+def test_bytes_behind_the_announced_end_change_nothing() -> None:
+    data = valid()
+    for length in range(len(data)):
+        parser = HeaderParser(length)
+        error: FormatError | None = None
+        try:
+            parser.feed(data)
+        except FormatError as caught:
+            error = caught
+        assert str(error) == (str(refused(data[:length])) if length < len(data) - 28 else "None")
 
 
 def test_a_file_cut_behind_its_last_tensor_is_whole_but_not_strictly() -> None:
@@ -220,6 +267,19 @@ def test_pauses_come_often_and_in_proportion(large: Callable[[int], bytes]) -> N
     assert len(gaps) >= len(data) // (512 << 10)
     assert max(gaps, default=0) <= 4000
     assert calls <= 4000  # after the last pause
+
+
+def test_what_is_fed_beyond_the_header_is_not_kept() -> None:
+    data = gguf([pair(b"k", 9, array(0, 3, b"abc"))], [tensor(shape=(1 << 20,))], bytes(4 << 20))
+    parser = HeaderParser(len(data))
+    tracemalloc.start()
+    try:
+        parser.feed(data)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert parser.header is not None
+    assert kept < 64 << 10
 
 
 def test_the_largest_header_is_bounded() -> None:

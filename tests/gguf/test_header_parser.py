@@ -67,6 +67,17 @@ def test_pieces_of_any_size_give_the_same_header(piece: int) -> None:
     assert parser.header == parse(data)
 
 
+def test_a_header_that_ends_with_strings_waits_for_the_last_of_them() -> None:
+    data = encode_header({"words": ["a", "bcd", "the last"]}, [])
+    data = data[: data.index(b"the last") + 8]
+    parser = HeaderParser(len(data))
+    for at in range(len(data)):
+        assert parser.header is None
+        parser.feed(data[at : at + 1])
+    assert parser.header is not None
+    assert list(parser.header.metadata["words"]) == ["a", "bcd", "the last"]  # type: ignore[arg-type]
+
+
 def test_what_is_needed_is_enough_and_not_too_much() -> None:
     """Feeding no more than it asks for, the parser never asks for a byte behind the header."""
     data = valid()

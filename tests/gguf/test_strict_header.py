@@ -35,6 +35,9 @@ DIFFERENT = {
     "another order": gguf(tensors=[tensor(offset=32), tensor(b"u", offset=0)], data=bytes(64)),
     "no padding after the last": gguf(tensors=[tensor(shape=(9,))], data=bytes(36)),
     "a name of 64 bytes": gguf(tensors=[tensor(b"n" * 64)], data=bytes(32)),
+    "an empty tensor inside another, in another order": gguf(
+        tensors=[tensor(b"u", offset=96), tensor(shape=(24,)), tensor(b"v", (0,), offset=64)], data=bytes(128)
+    ),
     "an empty tensor inside another": gguf(
         tensors=[tensor(shape=(24,)), tensor(b"u", (0,), offset=64)], data=bytes(96)
     ),

@@ -162,16 +162,17 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
         thread = threading.Thread(target=disturb)
         thread.start()
         try:
+            late.clear()
             async with anyio.create_task_group() as group:
                 group.start_soon(tick)
-                for _ in range(2):
+                while len(late) < 300:
                     (await loader.load(path)).close()
                     await run_in_thread(loader.tracker.flush)
                 group.cancel_scope.cancel()
         finally:
             stop.set()
             await run_in_thread(thread.join)
-    assert len(late) > 100
     assert taken
     typical: Callable[[list[float]], float] = lambda values: sorted(values)[len(values) // 2]  # noqa: E731
+    print(f"late p99 {sorted(late)[int(len(late) * 0.99)] * 1e3:.2f} ms, a registration {typical(taken) * 1e3:.2f} ms")
     assert sorted(late)[int(len(late) * 0.99)] < typical(taken) / 2

@@ -61,7 +61,9 @@ def _float32_edges() -> Bytes:
     """Every float16 and bfloat16, the middle between each and the next, and the float32 numbers beside these."""
     halves = np.arange(1 << 16, dtype=np.uint16)
     with np.errstate(all="ignore"):
-        exact = np.concatenate([halves.view(np.float16).astype(np.float32).view(np.uint32), halves.astype(np.uint32) << 16])
+        exact = np.concatenate(
+            [halves.view(np.float16).astype(np.float32).view(np.uint32), halves.astype(np.uint32) << 16]
+        )
     middles = np.concatenate([exact, exact + np.uint32(1 << 12), exact + np.uint32(1 << 15)])
     return np.concatenate([middles - np.uint32(1), middles, middles + np.uint32(1)]).view(np.uint8)
 
