@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,12 +31,13 @@ _SCRATCH = 16384  # weights that ggml decodes before it rounds them: 64 KiB that
 
 _ir: Any = llvmlite.ir  # they carry no types
 _nb: Any = numba
+_extending: Any = numba.extending
 
 
 # --- the limit: nothing but writing ----------------------------------------------------------------------------------
 
 
-def _store_line(_typing: Any, address: Any) -> Any:
+def _store_line(_typing: Any, _address: Any) -> Any:
     """Stores 64 zeros, and has the processor fetch the line that will be stored to a little later."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -54,7 +55,7 @@ def _store_line(_typing: Any, address: Any) -> Any:
     return _nb.types.void(_nb.types.intp), generate
 
 
-_store: Any = _nb.extending.intrinsic(_store_line)
+_store: Any = _extending.intrinsic(_store_line)
 
 
 def _store_lines(address: int, count: int) -> None:
@@ -67,13 +68,13 @@ def _stores() -> Any:
     return _nb.njit("void(intp, intp)", nogil=True, error_model="numpy")(_store_lines)
 
 
-def writers() -> Mapping[str, Callable[[Bytes], object]]:
-    """Ways to write a buffer full; the fastest is the limit of this machine."""
+def writers() -> dict[str, Job]:
+    """Ways to write a buffer full, whatever the source; the fastest is the limit of this machine."""
     stores = _stores()
     return {
-        "memset": lambda target: ctypes.memset(target.ctypes.data, 1, target.nbytes),
-        "numpy fill": lambda target: target.fill(1),
-        "stores, prefetched": lambda target: stores(target.ctypes.data, target.nbytes // _LINE),
+        "memset": lambda _, target: ctypes.memset(target.ctypes.data, 1, target.nbytes),
+        "numpy fill": lambda _, target: target.fill(1),
+        "stores, prefetched": lambda _, target: stores(target.ctypes.data, target.nbytes // _LINE),
     }
 
 
@@ -81,7 +82,7 @@ def writers() -> Mapping[str, Callable[[Bytes], object]]:
 
 
 def gguf_decoder(type_: GGMLType) -> Job | None:
-    """gguf-py, which makes float32 in memory of its own, whatever is asked for; None for float32, where it does nothing."""
+    """gguf-py, which always makes float32, in memory of its own; None for float32, where it does nothing."""
     if type_ is GGMLType.F32:
         return None
     number, row = gguf.GGMLQuantizationType(int(type_)), type_.nbytes(_ROW)
@@ -89,7 +90,7 @@ def gguf_decoder(type_: GGMLType) -> Job | None:
 
 
 def ggml_decoder(type_: GGMLType, dtype: DType) -> Job | None:
-    """ggml's C as the package ``libggml-python`` ships it, through a scratch for 16-bit results; None without it.
+    """The C of ggml as the package ``libggml-python`` ships it, through a scratch for 16-bit results; None without it.
 
     Plain floats are left out: ggml has no decoder of theirs that stands alone.
     """
@@ -118,7 +119,7 @@ def ggml_decoder(type_: GGMLType, dtype: DType) -> Job | None:
 
 @cache
 def _ggml() -> tuple[Any, Any] | None:
-    """ggml's two libraries: the reference decoders, and what is compiled for this processor."""
+    """The two libraries of ggml: the reference decoders, and what is compiled for this processor."""
     found = find_spec("libggml")
     if found is None or found.origin is None:
         return None

@@ -75,12 +75,10 @@ def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, rounds:
     weights = target.nbytes // dtype.itemsize // threads // _ALIGNMENT * _ALIGNMENT
     source = _blocks(type_, weights * threads)
     prepare([(type_, dtype)])
-    jobs: dict[str, Job] = {"ours": lambda part, out: decode(type_, dtype, memoryview(part), memoryview(out))}
-    for name, peer in (("gguf", gguf_decoder(type_)), ("ggml", ggml_decoder(type_, dtype))):
-        if peer is not None:
-            jobs[name] = peer
-    limits = writers()
-    jobs |= {name: lambda _, out, write=write: write(out) for name, write in limits.items()}
+    jobs: dict[str, Job] = {"ours": lambda part, out: decode(type_, dtype, part.data, out.data)}
+    peers = {"gguf": gguf_decoder(type_), "ggml": ggml_decoder(type_, dtype)}
+    jobs |= {name: peer for name, peer in peers.items() if peer is not None}
+    jobs |= (limits := writers())
 
     def parts(name: str) -> list[tuple[Bytes, Bytes]]:
         share = max(_ALIGNMENT, weights // _SLOW_SHARE // _ALIGNMENT * _ALIGNMENT) if name == "gguf" else weights

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from enum import StrEnum
-from typing import Final, Self
+from typing import Final
 
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
@@ -16,26 +16,22 @@ __all__ = ["DType", "can_decode", "decode", "native_dtype", "prepare"]
 
 
 class DType(StrEnum):
-    """The type of a tensor's elements, by the name that numpy and torch share; ``itemsize`` in bytes."""
+    """The type of a tensor's elements, by the name that numpy and torch share."""
 
-    itemsize: int
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT64 = "int64"
+    INT32 = "int32"
+    INT16 = "int16"
+    INT8 = "int8"
+    UINT8 = "uint8"
 
-    def __new__(cls, name: str, itemsize: int) -> Self:
-        """A member with its name and the bytes that one element takes."""
-        member = str.__new__(cls, name)
-        member._value_ = name
-        member.itemsize = itemsize
-        return member
-
-    FLOAT64 = "float64", 8
-    FLOAT32 = "float32", 4
-    FLOAT16 = "float16", 2
-    BFLOAT16 = "bfloat16", 2
-    INT64 = "int64", 8
-    INT32 = "int32", 4
-    INT16 = "int16", 2
-    INT8 = "int8", 1
-    UINT8 = "uint8", 1
+    @property
+    def itemsize(self) -> int:
+        """The bytes that one element takes."""
+        return _ITEMSIZES[self]
 
     @classmethod
     def parse(cls, text: str) -> DType:
@@ -50,6 +46,7 @@ class DType(StrEnum):
             raise OptionsError(f"{text!r} is no dtype: use float32, float16 or bfloat16", option="dtype") from None
 
 
+_ITEMSIZES: Final = {dtype: int(dtype.value.strip("abcdefghijklmnopqrstuvwxyz")) // 8 for dtype in DType}
 _ALIASES: Final = {
     "bf16": "bfloat16",
     "f16": "float16",
@@ -97,7 +94,7 @@ def native_dtype(type: GGMLType) -> DType | None:  # noqa: A002 - the field's na
 
 
 def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002
-    """Whether ``decode`` can make elements of ``dtype`` from a type's blocks; plain types can always stay as they are."""
+    """Whether ``decode`` can make elements of ``dtype`` from a type's blocks; plain types can stay what they are."""
     return _NATIVE.get(type) is dtype or (type in _DECODED and dtype in _FLOATS)
 
 
@@ -115,7 +112,7 @@ def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:
 
 
 def decode(type: GGMLType, dtype: DType, source: memoryview, target: memoryview) -> None:  # noqa: A002
-    """Decodes whole blocks of ``type`` into elements of ``dtype``; both views are contiguous and lie anywhere in memory.
+    """Decodes whole blocks of ``type`` into elements of ``dtype``; both views are contiguous, with any alignment.
 
     In float32 the values are those of ggml's reference decoders, bit for bit; float16 and bfloat16 are these rounded to
     the nearest, ties to even; a NaN stays one. Where ``dtype`` is what the bytes already are, they are copied. The

@@ -12,12 +12,13 @@ from typing import Any, Final
 
 from asyncload.quant import DType
 from asyncload.quant._rounding import float_to_bfloat16, float_to_half, half_to_float
-from asyncload.quant._vector import FLOAT, HALF, I8, I16, I32, I64, Lane, Vector, constant, ir
+from asyncload.quant._vector import HALF, I8, I16, I32, I64, Lane, Vector, constant, ir
 
 __all__ = ["Block", "Decoder", "Processor"]
 
 _CACHE_LINE: Final = 64  # bytes
 _PREFETCH_AHEAD: Final = 2048  # bytes: far enough for memory to answer, near enough to stay in the first-level cache
+_NEIGHBOURS: Final = 3  # float16 numbers that are loaded with one
 _PIECE: Final = (
     16  # lanes converted and stored at a time; 16-bit results of 32 lanes would be merged from halves, slowly
 )
@@ -39,7 +40,7 @@ class Block:
     """The bytes of one block, and the ``weights`` elements of ``dtype`` that they decode to; offsets are in bytes."""
 
     def __init__(
-        self, builder: Any, source: Any, target: Any, weights: int, dtype: DType, processor: Processor
+        self, builder: Any, source: Any, target: Any, *, weights: int, dtype: DType, processor: Processor
     ) -> None:
         self.weights = weights
         self._builder = builder
@@ -66,8 +67,8 @@ class Block:
         It is loaded with its neighbours (those before it where it ends its block, as in Q6_K): a load of one alone is
         an insertion into a register, which then waits for that register's last use, a whole block ago.
         """
-        before = 3 if offset >= 6 else 0
-        return self.halves(offset - 2 * before, 4)[before]
+        before = _NEIGHBOURS if offset >= 2 * _NEIGHBOURS else 0
+        return self.halves(offset - 2 * before, _NEIGHBOURS + 1)[before]
 
     def nibbles(self, offset: int, count: int) -> tuple[Vector, Vector]:
         """The low and the high four bits of ``count`` bytes, as bytes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -79,8 +79,8 @@ def compile_kernel(type: GGMLType, dtype: DType) -> Entry:  # noqa: A002
             _log.warning("compiled kernels cannot be kept in %s: %s", cache_folder(), error)
             KERNEL._cache.disable()  # noqa: SLF001 - Numba has no public way
             KERNEL.compile(wanted)
-    entry = KERNEL.overloads[wanted].entry_point
-    return entry
+        compiled: Entry = KERNEL.overloads[wanted].entry_point
+        return compiled
 
 
 def _begin_anew() -> None:
@@ -92,8 +92,8 @@ def _begin_anew() -> None:
 
 
 @contextmanager
-def _locked_cache() -> Iterator[None]:
-    """Holds other processes off the cache: of two writers at once, Numba's index could name one's code as the other's."""
+def _locked_cache() -> Generator[None]:
+    """Holds other processes off the cache: after two writers at once, Numba's index can name one's code as the other's."""
     with ExitStack() as stack:
         folder = cache_folder()
         if folder is not None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from asyncload.errors import RangeError
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, native_dtype
+from asyncload.quant import DType
 from asyncload.quant._prepare import READY, prepare
 
 __all__ = ["decode"]

@@ -1,4 +1,4 @@
-"""One Numba function for all pairs of type and dtype: its first argument's type names the pair, intrinsics write the code.
+"""One Numba function for all pairs of type and dtype: its first argument's type names the pair, intrinsics write it.
 
 So there is one function, with one index in Numba's cache on disk, and a signature a pair. (Functions made in closures
 over their intrinsics would never be found there again.)
@@ -26,7 +26,11 @@ __all__ = ["DECODERS", "KERNEL", "processor", "signature"]
 
 DECODERS: Final[dict[GGMLType, Decoder]] = {**_floats.DECODERS, **_legacy.DECODERS, **_kquants.DECODERS}
 
-_nb: Any = numba  # it carries no types
+# Numba carries no types.
+_nb: Any = numba
+_extending: Any = numba.extending
+_registry: Any = numba.core.registry
+
 _SOURCES: Final = (_block, _floats, _kquants, _legacy, _rounding, _vector)
 _BULK: Final = 32  # weights of a plain float type that are decoded at a time
 _LEVELS: Final = {"x86-64-v3": {"f16c"}, "x86-64-v4": {"f16c", "avx512bw"}}  # of the psABI's processor levels
@@ -34,7 +38,7 @@ _LEVELS: Final = {"x86-64-v3": {"f16c"}, "x86-64-v4": {"f16c", "avx512bw"}}  # o
 
 def _target() -> tuple[str, str, str]:
     """The triple, processor and features that Numba compiles for (``NUMBA_CPU_NAME`` and its like may set them)."""
-    triple, name, features = _nb.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    triple, name, features = _registry.cpu_target.target_context.codegen().magic_tuple()
     return triple, name, features
 
 
@@ -79,7 +83,14 @@ def _group_size(_typing: Any, coding: Any) -> Any:
     """How many blocks are decoded at a time, as a constant."""
     type_, _ = _pair(coding)
     size = 1 if type_.quantized else _BULK
-    return _nb.types.intp(coding), lambda *_: ir.Constant(I64, size)
+    return _nb.types.intp(coding), _constant(size)
+
+
+def _constant(value: int) -> Callable[..., Any]:
+    def generate(*_: Any) -> Any:
+        return ir.Constant(I64, value)
+
+    return generate
 
 
 def _decode_at(size: int, coding: Any, source: Any, target: Any, index: Any) -> Any:
@@ -93,7 +104,7 @@ def _decode_at(size: int, coding: Any, source: Any, target: Any, index: Any) -> 
             builder.inttoptr(builder.add(address, builder.mul(index, ir.Constant(I64, nbytes))), I8.as_pointer())
             for address, nbytes in ((source, type_.type_size * size), (target, weights * dtype.itemsize))
         ]
-        DECODERS[type_](Block(builder, *pointers, weights, dtype, processor()))
+        DECODERS[type_](Block(builder, *pointers, weights=weights, dtype=dtype, processor=processor()))
         return context.get_dummy_value()
 
     return _nb.types.void(coding, source, target, index), generate
@@ -108,7 +119,7 @@ def _decode_one(_typing: Any, coding: Any, source: Any, target: Any, index: Any)
     return _decode_at(1, coding, source, target, index)
 
 
-_intrinsic: Any = _nb.extending.intrinsic(prefer_literal=True)
+_intrinsic: Any = _extending.intrinsic(prefer_literal=True)
 group_size: Any = _intrinsic(_group_size)
 decode_group: Any = _intrinsic(_decode_group)
 decode_one: Any = _intrinsic(_decode_one)

@@ -6,12 +6,12 @@ The blocks are those of ggml-common.h, the values those of dequantize_row_* in g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from asyncload.gguf import GGMLType
 from asyncload.quant._block import Block, Decoder
-from asyncload.quant._vector import Vector
+from asyncload.quant._vector import Lane, Vector
 
 __all__ = ["DECODERS"]
 
@@ -29,12 +29,17 @@ def _scales_and_minima(block: Block) -> tuple[Vector, Vector]:
     return scales.to_float() * block.half(0), minima.to_float() * block.half(2)
 
 
+def _linear(d: Lane, m: Lane) -> Callable[[Vector], Vector]:
+    """The value of a code in a group: ``d * q - m``."""
+    return lambda q: q.to_float() * d - m
+
+
 def _q4_k(block: Block) -> None:
     """``d * q - m`` in groups of 32: 16 bytes of scales, then 128 bytes of codes, two groups to 32 bytes."""
     d, m = _scales_and_minima(block)
     for pair in range(4):
         for group, codes in enumerate(block.nibbles(16 + 32 * pair, 32), 2 * pair):
-            block.decode(32 * group, codes, 4, lambda q, group=group: q.to_float() * d[group] - m[group])
+            block.decode(32 * group, codes, 4, _linear(d[group], m[group]))
 
 
 def _q5_k(block: Block) -> None:
@@ -44,7 +49,7 @@ def _q5_k(block: Block) -> None:
     for pair in range(4):
         for group, low in enumerate(block.nibbles(48 + 32 * pair, 32), 2 * pair):
             codes = low | (((fifth >> group) & 1) << 4)
-            block.decode(32 * group, codes, 5, lambda q, group=group: q.to_float() * d[group] - m[group])
+            block.decode(32 * group, codes, 5, _linear(d[group], m[group]))
 
 
 def _q6_k(block: Block) -> None:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncload.errors import UnsupportedQuantError
@@ -77,7 +78,7 @@ def _fill_cache(pairs: Sequence[Pair]) -> bool:
         return False
     # the same packages as here; -P keeps the working directory's out
     command = [sys.executable, "-P", "-m", "asyncload.quant._warm", *_names(pairs)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     started = time.monotonic()
     try:
         subprocess.run(  # noqa: S603 - our own module
@@ -103,7 +104,7 @@ def _names(pairs: Sequence[Pair]) -> list[str]:
 
 
 @contextmanager
-def _yielding() -> Iterator[None]:
+def _yielding() -> Generator[None]:
     """Lets other threads run at least every millisecond while this one imports Numba and loads what it has cached.
 
     An event loop that wakes up would otherwise wait for the interpreter's switch interval of 5 ms, each time. A profile

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from asyncload.device import Device, DeviceMemory, HostDevice, Stream, default_device, open_device
-from asyncload.device import _host_stream
+from asyncload.device import Device, DeviceMemory, HostDevice, Stream, _host_stream, default_device, open_device
 from asyncload.device._host_stream import CopyEngine, HostStream
 from asyncload.errors import CopyError, DeviceError, DeviceNotFoundError, OutOfDeviceMemoryError
 from asyncload.testing import DeviceConformance

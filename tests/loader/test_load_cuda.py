@@ -130,7 +130,7 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
     """
     path = tmp_path / "model.gguf"
     await run_in_thread(synthesize, path, preset="llama-8b", quant="Q4_K_M", layers=1)
-    stop = threading.Event()
+    stop, disturbing = threading.Event(), threading.Event()
     taken: list[float] = []
 
     def disturb() -> None:
@@ -145,6 +145,7 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
             begin = time.perf_counter()
             assert driver.cuMemHostRegister(array.ctypes.data, array.nbytes, 0)[0] == driver.CUresult.CUDA_SUCCESS
             taken.append(time.perf_counter() - begin)
+            disturbing.set()
             held = device.allocate(1 << 30)
             device.free(held)
             driver.cuMemHostUnregister(array.ctypes.data)
@@ -162,7 +163,8 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
         thread = threading.Thread(target=disturb)
         thread.start()
         try:
-            late.clear()
+            await run_in_thread(disturbing.wait)
+            taken.clear()
             async with anyio.create_task_group() as group:
                 group.start_soon(tick)
                 while len(late) < 300:

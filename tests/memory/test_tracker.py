@@ -33,13 +33,24 @@ class TroubledDevice(HostDevice):
         self.fail_barriers = 0
         self.fail_frees = 0
         self.freeing: set[str] = set()
+        self.barrier_taken = threading.Event()
+        self.when_full: Callable[[], object] = lambda: None
+
+    def allocate(self, nbytes: int) -> DeviceMemory:
+        try:
+            return super().allocate(nbytes)
+        except OutOfDeviceMemoryError:
+            self.when_full()
+            raise
 
     def barrier(self) -> PassedAll:
         self.barriers += 1
         if self.fail_barriers:
             self.fail_barriers -= 1
             raise DeviceError("no barrier", device="host", code="BROKEN")
-        return super().barrier()
+        barrier = super().barrier()
+        self.barrier_taken.set()
+        return barrier
 
     def free(self, memory: DeviceMemory) -> None:
         self.freeing.add(threading.current_thread().name)
@@ -72,8 +83,9 @@ def allocate(tracker: VramTracker, nbytes: int = KIB, purpose: Purpose = Purpose
     return tracker.allocate(nbytes, purpose, f"{nbytes} bytes")
 
 
-def reclaim_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "asyncload-reclaim"]
+def thread_of(tracker: VramTracker) -> threading.Thread:
+    assert tracker._thread is not None
+    return tracker._thread
 
 
 def on_a_thread(function: Callable[[], object]) -> None:
@@ -166,11 +178,10 @@ def test_out_of_memory_carries_the_breakdown(tracker: VramTracker) -> None:
 
 
 def test_what_was_dropped_is_waited_for_before_memory_is_short(tracker: VramTracker, device: TroubledDevice) -> None:
-    held = device.hold()
-    large = allocate(tracker, 60 << 20)
-    large.close()
-    threading.Timer(0.05, held.set).start()
-    assert allocate(tracker, 60 << 20).nbytes == 60 << 20
+    work = device.hold()
+    allocate(tracker, 60 << 20).close()
+    device.when_full = work.set
+    assert allocate(tracker, 50 << 20).nbytes == 50 << 20
 
 
 def test_empty_memory_costs_nothing(tracker: VramTracker, device: TroubledDevice) -> None:
@@ -179,12 +190,12 @@ def test_empty_memory_costs_nothing(tracker: VramTracker, device: TroubledDevice
     empty.pop().close()
     empty.clear()
     tracker.flush()
-    assert (tracker.total, device.freed, reclaim_threads()) == (0, [], [])
+    assert (tracker.total, device.freed, tracker._thread) == (0, [], None)
 
 
 def test_an_address_is_recorded_once(tracker: VramTracker, device: TroubledDevice) -> None:
     first = allocate(tracker)
-    device.allocate = lambda nbytes: first.memory  # type: ignore[method-assign]  # a driver gone wrong
+    device.allocate = lambda _: first.memory  # type: ignore[method-assign]  # a driver gone wrong
     with pytest.raises(DeviceError, match="holds '1024 bytes'"):
         tracker.allocate(KIB, Purpose.SLOTS, "another")
     assert tracker.by_purpose() == {"weights": KIB}
@@ -200,7 +211,7 @@ def test_memory_goes_when_it_is_closed_or_dropped(tracker: VramTracker, device: 
     held[0].close()
     on_a_thread(held[1].close)
     del held[1]
-    on_a_thread(lambda: held.__delitem__(1))
+    on_a_thread(lambda: held.pop(1))
     tracker.flush()
     assert device.freed == memories[:3]
     held.clear()
@@ -241,6 +252,8 @@ def test_memory_stays_while_enqueued_work_uses_it(tracker: VramTracker, device: 
         flushed = threading.Event()
         flusher = threading.Thread(target=lambda flushed=flushed: (tracker.flush(), flushed.set()))
         flusher.start()
+        assert device.barrier_taken.wait(TIMEOUT)
+        device.barrier_taken.clear()
         device.stream().close()  # other work comes and goes
         assert not flushed.is_set()
         assert ctypes.string_at(address, KIB) == b"\x11" * KIB
@@ -253,27 +266,11 @@ def test_memory_stays_while_enqueued_work_uses_it(tracker: VramTracker, device: 
 
 
 def test_work_enqueued_after_the_drop_is_not_waited_for(tracker: VramTracker, device: TroubledDevice) -> None:
-    before, passed = device.hold(), threading.Event()
-    first = allocate(tracker)
-    first.close()
-    taken = threading.Event()
-    original = device.barrier
-
-    def barrier() -> PassedAll:
-        event = original()
-        taken.set()
-        return event
-
-    device.barrier = barrier  # type: ignore[method-assign]
     allocate(tracker).close()
-    threading.Thread(target=lambda: (tracker.flush(), passed.set())).start()
-    before.set()
-    assert passed.wait(TIMEOUT)
-    taken.clear()
-    allocate(tracker).close()
-    assert taken.wait(TIMEOUT)
+    assert device.barrier_taken.wait(TIMEOUT)
     after = device.hold()
     tracker.flush()
+    assert device.used == 0
     after.set()
 
 
@@ -281,8 +278,7 @@ def test_what_was_dropped_meanwhile_shares_a_barrier(tracker: VramTracker, devic
     work = device.hold()
     held = [allocate(tracker) for _ in range(100)]
     held.pop().close()
-    while device.barriers == 0:  # the first is under way: what follows waits behind it
-        threading.Event().wait(0.001)
+    assert device.barrier_taken.wait(TIMEOUT)  # what follows waits behind it
     held.clear()
     work.set()
     tracker.flush()
@@ -333,17 +329,11 @@ def test_memory_of_which_the_device_says_nothing_is_kept(
     device.fail_barriers = 1
     allocate(tracker).close()
     with caplog.at_level(logging.ERROR, "asyncload.memory"), pytest.raises(DeviceError, match="no barrier"):
-        flush_until_it_raises(tracker)
+        tracker.flush()
     assert "could not wait for the device" in caplog.text
     tracker.flush()  # tries again
     assert (tracker.total, device.used, len(device.freed)) == (0, 0, 1)
     tracker.flush()
-
-
-def flush_until_it_raises(tracker: VramTracker) -> None:
-    """A drop and a flush may be one batch for the thread or two."""
-    for _ in range(2):
-        tracker.flush()
 
 
 def test_a_failed_free_is_told_and_the_others_go_on(
@@ -352,7 +342,8 @@ def test_a_failed_free_is_told_and_the_others_go_on(
     held = [allocate(tracker, KIB), allocate(tracker, 2 * KIB)]
     lost = held[0].memory
     device.fail_frees = 1
-    held.clear()
+    for allocation in held:
+        allocation.close()
     with pytest.raises(DeviceError, match="no free"):
         tracker.flush()
     assert "could not free 1024 bytes (1024 bytes)" in caplog.text
@@ -383,24 +374,24 @@ def test_the_thread_outlives_errors_that_are_not_ours(tracker: VramTracker, devi
 
 
 def test_the_thread_runs_as_long_as_anything_is_allocated(tracker: VramTracker) -> None:
-    assert not reclaim_threads()
     for _ in range(3):
+        assert tracker._thread is None
         first, second = allocate(tracker), allocate(tracker)
-        (thread,) = reclaim_threads()
-        assert thread.daemon
+        thread = thread_of(tracker)
+        assert (thread.name, thread.daemon) == ("asyncload-reclaim", True)
         first.close()
         tracker.flush()
         assert thread.is_alive()
         second.close()
         tracker.flush()
         thread.join(TIMEOUT)
-        assert not reclaim_threads()
+        assert not thread.is_alive()
 
 
 def test_allocations_outlive_the_closed_tracker_and_device(device: TroubledDevice) -> None:
     tracker = VramTracker(device)
     dropped, kept = allocate(tracker), allocate(tracker)
-    (thread,) = reclaim_threads()
+    thread = thread_of(tracker)
     dropped.close()
     tracker.close()
     device.close()

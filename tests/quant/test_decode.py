@@ -31,7 +31,7 @@ def _prepared() -> None:
 
 def decoded(type_: GGMLType, dtype: DType, source: Bytes) -> Bytes:
     target = np.empty(source.size // type_.type_size * type_.block_size * dtype.itemsize, np.uint8)
-    decode(type_, dtype, memoryview(source), memoryview(target))
+    decode(type_, dtype, source.data, target.data)
     return target
 
 
@@ -68,7 +68,7 @@ def test_any_number_of_blocks_anywhere_in_memory(
         shifted = np.empty(source.size + shift, np.uint8)
         shifted[shift:] = source
         target = np.full(wanted.size + shift + 64, 0xA5, np.uint8)
-        decode(type_, dtype, memoryview(shifted)[shift:], memoryview(target)[shift:-64])
+        decode(type_, dtype, shifted.data[shift:], target.data[shift:-64])
         assert target[shift:-64].tobytes() == wanted.tobytes()
         assert (target[:shift] == 0xA5).all()
         assert (target[-64:] == 0xA5).all()
@@ -93,9 +93,9 @@ def test_what_is_there_already_is_copied(type_: GGMLType) -> None:
 def test_bytes_and_views_of_other_formats_are_sources_too(blocks: Callable[[GGMLType], Bytes]) -> None:
     source = blocks(GGMLType.Q8_0)[: 34 * 20]
     wanted = decoded(GGMLType.Q8_0, DType.FLOAT16, source).tobytes()
-    for view in (memoryview(source.tobytes()), memoryview(source.view(np.uint16)).cast("B").cast("H")):
+    for view in (memoryview(source.tobytes()), source.view(np.uint16).data):
         target = np.empty(20 * 32, np.float16)
-        decode(GGMLType.Q8_0, DType.FLOAT16, view, memoryview(target))
+        decode(GGMLType.Q8_0, DType.FLOAT16, view, target.data)
         assert target.tobytes() == wanted
 
 
@@ -162,7 +162,7 @@ def test_the_interpreter_runs_while_a_kernel_does() -> None:
 
 def _seen_half_written(source: Bytes, target: Bytes) -> bool:
     target.fill(0xFF)
-    arguments = (GGMLType.Q8_0, DType.FLOAT32, memoryview(source), memoryview(target))
+    arguments = (GGMLType.Q8_0, DType.FLOAT32, source.data, target.data)
     thread = threading.Thread(target=decode, args=arguments)
     thread.start()
     seen = False

@@ -1,0 +1,121 @@
+"""The ledger over a real driver: memory that a kernel still reads stays, and all of it comes back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+
+from asyncload.device import Device, DeviceMemory, open_device
+from asyncload.errors import OutOfDeviceMemoryError
+from asyncload.memory import Allocation, Purpose, VramTracker
+from asyncload.testing import SleepingKernel
+
+pytestmark = pytest.mark.gpu
+
+TIMEOUT = 60.0
+NBYTES = 32 << 20
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[SleepingKernel]:
+    kernel = SleepingKernel()
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = open_device("cuda:0")
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def tracker(device: Device) -> Iterator[VramTracker]:
+    tracker = VramTracker(device)
+    yield tracker
+    tracker.close()
+
+
+def fill(device: Device, memory: DeviceMemory, content: bytes) -> None:
+    staging, stream = device.staging(len(content)), device.stream()
+    staging.view[:] = content
+    stream.upload(memory, 0, staging, 0, len(content))
+    stream.close()
+    staging.close()
+
+
+def read(device: Device, memory: DeviceMemory) -> bytes:
+    content = bytearray(memory.nbytes)
+    device.download(memory, 0, memoryview(content))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("by", ["the last reference", "close", "the last reference on another thread"])
+def test_memory_stays_until_the_kernel_that_reads_it_has_ended(
+    device: Device, tracker: VramTracker, kernel: SleepingKernel, by: str
+) -> None:
+    content = Random(1).randbytes(NBYTES)
+    result = tracker.allocate(NBYTES, Purpose.SCRATCH, "the kernel's result")
+    free_before = device.memory().free
+    held: list[Allocation] = [tracker.allocate(NBYTES, Purpose.WEIGHTS, "what the kernel reads")]
+    address = held[0].address
+    fill(device, held[0].memory, content)
+    foreign = kernel.stream()
+    with kernel.asleep(foreign, source=address, target=result.address, nbytes=NBYTES) as sleep:
+        ended = foreign.record()
+        if by == "close":
+            held[0].close()
+        if by.endswith("thread"):
+            thread = threading.Thread(target=held.clear)
+            thread.start()
+            thread.join(TIMEOUT)
+        held.clear()
+        assert not ended.is_done  # so dropping has not waited
+        flushed = threading.Event()
+        flusher = threading.Thread(target=lambda: (tracker.flush(), flushed.set()))
+        flusher.start()
+        assert tracker.by_purpose() == {"scratch": NBYTES, "weights": NBYTES}
+        assert not flushed.is_set()
+        assert not ended.is_done  # nor has anything else woken it
+        sleep.wake()
+        assert flushed.wait(TIMEOUT)
+        assert ended.is_done
+        flusher.join(TIMEOUT)
+    assert read(device, result.memory) == content
+    assert tracker.by_purpose() == {"scratch": NBYTES}
+    assert device.memory().free == free_before
+
+
+def test_the_reclaim_thread_sleeps_while_it_waits(device: Device, tracker: VramTracker, kernel: SleepingKernel) -> None:
+    allocation = tracker.allocate(NBYTES, Purpose.WEIGHTS, "a tensor")
+    with kernel.asleep(kernel.stream(), seconds=0.3):
+        processor, wall = time.process_time(), time.perf_counter()
+        allocation.close()
+        tracker.flush()
+        processor, wall = time.process_time() - processor, time.perf_counter() - wall
+    assert processor < 0.5 * wall
+
+
+def test_the_ledger_agrees_with_the_driver(device: Device, tracker: VramTracker) -> None:
+    before, granularity = device.memory().free, 2 << 20
+    held = [tracker.allocate(27 << 20, Purpose.WEIGHTS, f"blk.{number}") for number in range(40)]
+    taken = before - device.memory().free
+    assert tracker.total <= taken <= tracker.total + 40 * granularity
+    held.clear()
+    tracker.flush()
+    assert (tracker.total, device.memory().free) == (0, before)
+
+
+def test_out_of_memory_carries_the_breakdown(device: Device, tracker: VramTracker) -> None:
+    kept = tracker.allocate(NBYTES, Purpose.KV_CACHE, "kept")
+    with pytest.raises(OutOfDeviceMemoryError) as caught:
+        tracker.allocate(device.info.total_bytes, Purpose.WEIGHTS, "everything")
+    assert caught.value.breakdown == {"kv_cache": kept.nbytes}
+    assert caught.value.code == "CUDA_ERROR_OUT_OF_MEMORY"
+    assert caught.value.available is not None
+    assert caught.value.available < caught.value.needed == device.info.total_bytes
