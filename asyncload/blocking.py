@@ -7,7 +7,7 @@ ends the call under way as a cancellation does, and raises ``KeyboardInterrupt``
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -97,7 +97,7 @@ class Loader:
         dtype: DtypeSpec = "packed",
         select: Selection = None,
         progress: ProgressCallback | None = None,
-    ) -> Iterator[Iterator[Tensor]]:
+    ) -> Generator[Iterator[Tensor]]:
         """``asyncload.Loader.tensors``: ``with loader.tensors(path) as tensors: for tensor in tensors: ...``."""
         portal = self._active()
         stream = self._loader.tensors(path, ahead=ahead, dtype=dtype, select=select, progress=progress)

@@ -93,7 +93,12 @@ class Options:
         Raises ``OptionsError`` for a value that cannot be read or used.
         """
         environ = os.environ if environ is None else environ
-        readers: dict[str, Callable[[str], Any]] = {"chunk_size": parse_size, "staging": parse_size, "retry_delay": float, "strict": _parse_bool}
+        readers: dict[str, Callable[[str], Any]] = {
+            "chunk_size": parse_size,
+            "staging": parse_size,
+            "retry_delay": float,
+            "strict": _parse_bool,
+        }
         values: dict[str, Any] = {}
         for option in fields(cls):
             text = environ.get(_PREFIX + option.name.upper())

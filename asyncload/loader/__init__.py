@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -107,7 +107,7 @@ class Loader:
             raise cancelled
 
     @contextmanager
-    def _load_scope(self) -> Iterator[Engine]:
+    def _load_scope(self) -> Generator[Engine]:
         """Counts a load as running, so that closing the loader ends it and waits for it."""
         if self._engine is None or self._closing:
             raise ClosedError("a loader is used inside its `async with` block")
@@ -161,7 +161,7 @@ class Loader:
         or is cancelled, no copy is under way any more and device memory is as before, but for an error's ``partial``.
         """
         with self._load_scope() as engine:
-            request = Request(path=path, dtype=dtype, select=select, into=into or {}, progress=progress)
+            request = Request(path=path, dtype=dtype, select=select, into=into, progress=progress)
             return await load_model(engine, request, resume)
         raise AssertionError("the scope raises when it swallows a cancellation")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from asyncload.device import DeviceMemory
@@ -26,7 +26,7 @@ class Request:
     path: ModelPath
     dtype: DtypeSpec = "packed"
     select: Selection = None
-    into: Mapping[str, Any] = field(default_factory=dict)
+    into: Mapping[str, Any] | None = None
     progress: ProgressCallback | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -71,7 +71,7 @@ class Stats:
         self.retries = 0
 
     @contextmanager
-    def working(self, stage: str, nbytes: int) -> Iterator[None]:
+    def working(self, stage: str, nbytes: int) -> Generator[None]:
         """Counts the time of the block, and, if it does not raise, ``nbytes`` bytes, to a stage."""
         begin = time.perf_counter()
         yield

@@ -240,7 +240,7 @@ class Transfer:
             self._drained.set()
 
     def _arrived(self, chunk: Chunk) -> None:
-        landed = []
+        landed: list[int] = []
         for segment in chunk.segments:
             self._missing[segment.tensor] -= segment.target_nbytes
             if self._missing[segment.tensor] == 0:

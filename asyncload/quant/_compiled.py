@@ -93,7 +93,7 @@ def _begin_anew() -> None:
 
 @contextmanager
 def _locked_cache() -> Generator[None]:
-    """Holds other processes off the cache: after two writers at once, Numba's index can name one's code as the other's."""
+    """Holds other processes off the cache: after two writers at once, its index can name one's code as the other's."""
     with ExitStack() as stack:
         folder = cache_folder()
         if folder is not None:

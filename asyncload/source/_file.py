@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 from typing import Final
 
 from asyncload.errors import SourceChangedError, SourceNotFoundError, SourceReadError
-from asyncload.source import check_read
+from asyncload.source._contract import check_read
 from asyncload.threads import run_in_thread
 
 __all__ = ["FileSource"]
@@ -97,7 +98,7 @@ class FileSource:
     def _check_unchanged(self) -> None:
         """Both what is open and what now stands at the path: a file replaced by another shows only there."""
         try:
-            same = _identity(os.fstat(self._fd)) == self._identity == _identity(os.stat(self._path))
+            same = _identity(os.fstat(self._fd)) == self._identity == _identity(Path(self._path).stat())
         except FileNotFoundError:
             same = False
         if not same:

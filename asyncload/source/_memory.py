@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Final
 
-from asyncload.source import check_read
+from asyncload.source._contract import check_read
 
 __all__ = ["MemorySource"]
 

@@ -110,8 +110,9 @@ class DeviceConformance(ABC):
         device.free(memory)
 
     def test_freed_memory_is_the_devices_again(self, device: Device) -> None:
-        before, nbytes = device.memory().free, 64 << 20
-        memory = device.allocate(nbytes)
+        nbytes = 64 << 20
+        device.free(device.allocate(nbytes))  # a driver may take some for itself, once
+        before, memory = device.memory().free, device.allocate(nbytes)
         assert before - device.memory().free >= nbytes
         device.free(memory)
         assert device.memory().free == before

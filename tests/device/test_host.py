@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -265,12 +266,13 @@ def test_memory_under_a_copy_cannot_be_given_back(make: Make) -> None:
     staging, memory, stream = device.staging(8192), device.allocate(4096), device.stream()
     held = stream.hold()
     stream.upload(memory, 0, staging, 4096, 4096)
-    for breach in (
-        lambda: device.free(memory),
+    breaches: list[Callable[[], None]] = [
+        partial(device.free, memory),
         staging.close,
-        lambda: staging.discard(0, 4097),
-        lambda: staging.discard(8191, 1),
-    ):
+        partial(staging.discard, 0, 4097),
+        partial(staging.discard, 8191, 1),
+    ]
+    for breach in breaches:
         with pytest.raises(DeviceError, match="1 copies still use it"):
             breach()
     staging.discard(0, 4096)

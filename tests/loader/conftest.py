@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def _threads() -> set[str]:
@@ -32,7 +31,7 @@ def _threads() -> set[str]:
 
 
 @asynccontextmanager
-async def _nothing_left(loader: Loader) -> AsyncIterator[None]:
+async def _nothing_left(loader: Loader) -> AsyncGenerator[None]:
     """After the block everything is as before it: staging, device memory, threads, descriptors."""
     engine = loader._active()
     await run_in_thread(engine.tracker.flush)  # what was closed before is not the block's

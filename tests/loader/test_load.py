@@ -158,7 +158,7 @@ class TestInto:
     async def test_the_callers_buffers_are_filled(self, model_path: Path) -> None:
         header = await read_header(model_path)
         names = ["output_norm.weight", "blk.0.attn_q.weight"]
-        buffers = {
+        buffers: dict[str, NDArray[Any]] = {
             names[0]: np.full(header.tensors[names[0]].shape, np.nan, np.float32),
             names[1]: np.full(header.tensors[names[1]].nbytes, 255, np.uint8),
         }
@@ -202,8 +202,7 @@ class TestProgress:
         seen: list[Progress] = []
 
         async def watch() -> None:
-            async for event in progress:
-                seen.append(event)
+            seen.extend([event async for event in progress])
 
         async with anyio.create_task_group() as group, Loader("host", options=SMALL) as loader:
             group.start_soon(watch)
@@ -384,7 +383,7 @@ class TestLife:
             group.start_soon(loader.__aexit__, None, None, None)
         check_packed(model, model_path)
 
-    async def test_many_loads_at_once_share_one_budget(self, model_path: Path, nothing_left: Any) -> None:
+    async def test_many_loads_at_once_share_one_budget(self, model_path: Path) -> None:
         models: list[Model] = []
         async with Loader("host", options=SMALL) as loader:
 

@@ -6,18 +6,18 @@ import mmap
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import numpy as np
 import pytest
 
-from asyncload.device import open_device
+from asyncload.device import DeviceMemory, open_device
 from asyncload.loader import Loader, load
-from asyncload.model import Model
+from asyncload.model import Tensor
 from asyncload.options import Options
 from asyncload.testing import synthesize
 from asyncload.threads import run_in_thread
@@ -26,14 +26,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.anyio]
 SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
 
 
-def on_host(loader_device: Any, model: Model) -> dict[str, bytes]:
+def on_host(loader_device: Any, model: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Every tensor's bytes, read back from the device."""
     result: dict[str, bytes] = {}
     for name, tensor in model.items():
         buffer = bytearray(tensor.nbytes)
         if tensor.nbytes:
-            from asyncload.device import DeviceMemory
-
             loader_device.download(DeviceMemory(tensor.address, tensor.nbytes), 0, memoryview(buffer))
         result[name] = bytes(buffer)
     return result
@@ -53,8 +51,7 @@ async def test_the_device_gets_what_the_host_gets(model_path: Path, dtype: str) 
 
 @pytest.mark.torch
 async def test_torch_has_the_tensors_after_loader_and_model_are_gone(model_path: Path) -> None:
-    import torch
-
+    torch: Any = pytest.importorskip("torch")
     expected = await load(model_path, device="host", dtype="bf16")
     model = await load(model_path, device="cuda", dtype="bf16")
     tensors = {name: torch.from_dlpack(tensor) for name, tensor in model.items()}
@@ -67,7 +64,7 @@ async def test_torch_has_the_tensors_after_loader_and_model_are_gone(model_path:
 
 @pytest.mark.torch
 async def test_torch_tensors_are_filled_in_place(model_path: Path) -> None:
-    import torch
+    torch: Any = pytest.importorskip("torch")
 
     expected = await load(model_path, device="host", dtype="f16", select="output_norm.weight")
     host = expected["output_norm.weight"].numpy()
@@ -79,8 +76,7 @@ async def test_torch_tensors_are_filled_in_place(model_path: Path) -> None:
 
 @pytest.mark.cupy
 async def test_cupy_has_the_tensors(model_path: Path) -> None:
-    import cupy
-
+    cupy: Any = pytest.importorskip("cupy")
     expected = await load(model_path, device="host", dtype="f16")
     model = await load(model_path, device="cuda", dtype="f16")
     for name, tensor in model.items():
@@ -134,8 +130,7 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
     taken: list[float] = []
 
     def disturb() -> None:
-        from cuda.bindings import driver
-
+        driver: Any = import_module("cuda.bindings.driver")
         device = open_device("cuda")
         device.attach()
         memory = mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -176,5 +171,4 @@ async def test_the_loop_ticks_while_the_driver_is_blocked(tmp_path: Path) -> Non
             await run_in_thread(thread.join)
     assert taken
     typical: Callable[[list[float]], float] = lambda values: sorted(values)[len(values) // 2]  # noqa: E731
-    print(f"late p99 {sorted(late)[int(len(late) * 0.99)] * 1e3:.2f} ms, a registration {typical(taken) * 1e3:.2f} ms")
     assert sorted(late)[int(len(late) * 0.99)] < typical(taken) / 2

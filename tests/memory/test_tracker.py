@@ -35,10 +35,12 @@ class TroubledDevice(HostDevice):
         self.freeing: set[str] = set()
         self.barrier_taken = threading.Event()
         self.when_full: Callable[[], object] = lambda: None
+        self.when_freed: Callable[[], object] = lambda: None
+        self.answer: DeviceMemory | None = None
 
     def allocate(self, nbytes: int) -> DeviceMemory:
         try:
-            return super().allocate(nbytes)
+            return self.answer or super().allocate(nbytes)
         except OutOfDeviceMemoryError:
             self.when_full()
             raise
@@ -57,8 +59,10 @@ class TroubledDevice(HostDevice):
         if self.fail_frees:
             self.fail_frees -= 1
             raise DeviceError("no free", device="host", code="BROKEN")
-        super().free(memory)
+        if self.answer is None:
+            super().free(memory)
         self.freed.append(memory)
+        self.when_freed()
 
     @property
     def used(self) -> int:
@@ -93,6 +97,17 @@ def on_a_thread(function: Callable[[], object]) -> None:
     thread.start()
     thread.join(TIMEOUT)
     assert not thread.is_alive()
+
+
+def flush_on_a_thread(tracker: VramTracker) -> threading.Event:
+    flushed = threading.Event()
+
+    def flush() -> None:
+        tracker.flush()
+        flushed.set()
+
+    threading.Thread(target=flush).start()
+    return flushed
 
 
 # The ledger
@@ -195,7 +210,7 @@ def test_empty_memory_costs_nothing(tracker: VramTracker, device: TroubledDevice
 
 def test_an_address_is_recorded_once(tracker: VramTracker, device: TroubledDevice) -> None:
     first = allocate(tracker)
-    device.allocate = lambda _: first.memory  # type: ignore[method-assign]  # a driver gone wrong
+    device.answer = first.memory  # a driver gone wrong
     with pytest.raises(DeviceError, match="holds '1024 bytes'"):
         tracker.allocate(KIB, Purpose.SLOTS, "another")
     assert tracker.by_purpose() == {"weights": KIB}
@@ -249,9 +264,7 @@ def test_memory_stays_while_enqueued_work_uses_it(tracker: VramTracker, device: 
         work = hold()
         allocation.close()  # returns at once, though the work has not ended
         del allocation
-        flushed = threading.Event()
-        flusher = threading.Thread(target=lambda flushed=flushed: (tracker.flush(), flushed.set()))
-        flusher.start()
+        flushed = flush_on_a_thread(tracker)
         assert device.barrier_taken.wait(TIMEOUT)
         device.barrier_taken.clear()
         device.stream().close()  # other work comes and goes
@@ -260,7 +273,6 @@ def test_memory_stays_while_enqueued_work_uses_it(tracker: VramTracker, device: 
         assert tracker.total == device.used == KIB
         work.set()
         assert flushed.wait(TIMEOUT)
-        flusher.join(TIMEOUT)
         assert ctypes.string_at(address, KIB) == b"\xa5" * KIB
         assert tracker.total == device.used == 0
 
@@ -318,6 +330,26 @@ def test_flush_without_anything_dropped_returns(tracker: VramTracker, device: Tr
     assert device.barriers == 0
     assert tracker.total == kept.nbytes
     work.set()
+
+
+def test_an_address_may_be_handed_out_again_as_soon_as_it_is_freed(
+    tracker: VramTracker, device: TroubledDevice
+) -> None:
+    first, again = allocate(tracker), list[Allocation]()
+
+    def allocate_again() -> None:
+        device.when_freed = lambda: None
+        again.append(tracker.allocate(KIB, Purpose.SLOTS, "another"))
+
+    device.answer = first.memory
+    device.when_freed = allocate_again
+    first.close()
+    tracker.flush()
+    assert tracker.by_purpose() == {"slots": KIB}
+    assert again[0].address == first.address
+    again[0].close()
+    tracker.flush()
+    assert tracker.total == 0
 
 
 # Trouble

@@ -37,6 +37,8 @@ def device() -> Iterator[Device]:
 @pytest.fixture
 def tracker(device: Device) -> Iterator[VramTracker]:
     tracker = VramTracker(device)
+    tracker.allocate(NBYTES, Purpose.UNKNOWN, "what the driver takes for itself on the way").close()
+    tracker.flush()
     yield tracker
     tracker.close()
 
@@ -77,7 +79,12 @@ def test_memory_stays_until_the_kernel_that_reads_it_has_ended(
         held.clear()
         assert not ended.is_done  # so dropping has not waited
         flushed = threading.Event()
-        flusher = threading.Thread(target=lambda: (tracker.flush(), flushed.set()))
+
+        def flush() -> None:
+            tracker.flush()
+            flushed.set()
+
+        flusher = threading.Thread(target=flush)
         flusher.start()
         assert tracker.by_purpose() == {"scratch": NBYTES, "weights": NBYTES}
         assert not flushed.is_set()
@@ -88,7 +95,7 @@ def test_memory_stays_until_the_kernel_that_reads_it_has_ended(
         flusher.join(TIMEOUT)
     assert read(device, result.memory) == content
     assert tracker.by_purpose() == {"scratch": NBYTES}
-    assert device.memory().free == free_before
+    assert abs(device.memory().free - free_before) < NBYTES // 2  # a stream takes some too
 
 
 def test_the_reclaim_thread_sleeps_while_it_waits(device: Device, tracker: VramTracker, kernel: SleepingKernel) -> None:

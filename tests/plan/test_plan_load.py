@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ class TestDtype:
         assert dtypes["token_embd.weight"][0] is DType.UINT8
 
     def test_what_cannot_be_decoded_is_refused_by_name(self) -> None:
-        with pytest.raises(UnsupportedQuantError, match="blk.1.attn_q.weight: IQ1_S") as caught:
+        with pytest.raises(UnsupportedQuantError, match=r"blk\.1\.attn_q\.weight: IQ1_S") as caught:
             plan_load(HEADER, dtype="bf16")
         assert (caught.value.tensor, caught.value.type, caught.value.dtype) == (
             "blk.1.attn_q.weight",
@@ -169,7 +170,7 @@ def check_chunks(plan: LoadPlan, chunk_size: int, skip: set[int] | None = None) 
             source_next[segment.tensor] += segment.source_nbytes
             target_next[segment.tensor] += segment.target_nbytes
         ranges = sorted(item for item in used if item[0] != item[1])
-        assert all(left[1] <= right[0] for left, right in zip(ranges, ranges[1:], strict=False)), "ranges overlap"
+        assert all(left[1] <= right[0] for left, right in pairwise(ranges)), "ranges overlap"
         assert all(end <= chunk_size for _, end in ranges)
     assert seen == set(range(len(plan.tensors))) - skip
     for index in seen:

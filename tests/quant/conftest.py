@@ -78,14 +78,14 @@ def decode_by_reference(type_: GGMLType, dtype: DType) -> npt.NDArray[Any]:
         return values.astype(ml_dtypes.bfloat16 if dtype is DType.BFLOAT16 else np.dtype(str(dtype)))
 
 
-def _differences(got: Bytes, wanted: npt.NDArray[Any]) -> int:
-    """How many elements differ in any bit, all NaNs being the same."""
+def count_mistakes(type_: GGMLType, dtype: DType, got: Bytes) -> int:
+    """How many elements of the decoded blocks differ from the reference in any bit, all NaNs being the same."""
+    wanted = decode_by_reference(type_, dtype)
     unsigned = np.dtype(f"u{wanted.itemsize}")
     with np.errstate(all="ignore"):
         nan = np.isnan(wanted.astype(np.float32))
         got_nan = np.isnan(got.view(wanted.dtype).astype(np.float32))
-    different = np.where(nan, ~got_nan, got.view(unsigned) != wanted.view(unsigned))
-    return int(different.sum())
+    return int(np.where(nan, ~got_nan, got.view(unsigned) != wanted.view(unsigned)).sum())
 
 
 @pytest.fixture(scope="session")
@@ -94,10 +94,5 @@ def blocks() -> Callable[[GGMLType], Bytes]:
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[[GGMLType, DType], npt.NDArray[Any]]:
-    return decode_by_reference
-
-
-@pytest.fixture(scope="session")
-def differences() -> Callable[[Bytes, npt.NDArray[Any]], int]:
-    return _differences
+def mistakes() -> Callable[[GGMLType, DType, Bytes], int]:
+    return count_mistakes

@@ -40,6 +40,10 @@ def test_other_threads_run_though_the_interpreter_does_not_switch(yielding: bool
             started.set()
             return spin_until(done)
 
+    def answer() -> None:
+        started.wait()
+        done.set()
+
     def load_without() -> bool:
         started.set()
         return spin_until(done)
@@ -47,7 +51,7 @@ def test_other_threads_run_though_the_interpreter_does_not_switch(yielding: bool
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
-        other = threading.Thread(target=lambda: (started.wait(), done.set()))
+        other = threading.Thread(target=answer)
         other.start()
         assert in_thread(load if yielding else load_without) is yielding
         other.join()

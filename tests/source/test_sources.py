@@ -12,6 +12,11 @@ from asyncload.source import BlockingSource, MemorySource, Source, open_source
 from asyncload.testing import AsyncOnlySource, LatencySource, ThrottledSource
 from asyncload.threads import run_in_thread
 
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 DATA = bytes(range(256)) * 100
 
 
@@ -65,7 +70,11 @@ class TestEverySource:
 class TestAFile:
     def test_short_reads_are_continued(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = os.preadv
-        monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole(fd, [buffers[0][:100]], offset))
+
+        def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+            return whole(fd, [buffers[0][:100]], offset)
+
+        monkeypatch.setattr(os, "preadv", short)
         source = open_source(path)
         buffer = bytearray(1234)
         source.read_into_blocking(7, memoryview(buffer))
@@ -120,11 +129,11 @@ class TestAFile:
         source.close()
 
     def test_closing_gives_the_descriptor_back_once(self, path: Path) -> None:
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors()
         source = open_source(path)
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert descriptors() == before + 1
         source.close()
         source.close()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert descriptors() == before
         with pytest.raises(SourceReadError):
             source.read_into_blocking(0, memoryview(bytearray(1)))
