@@ -23,15 +23,10 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
             session.begin()
             begun = True
             await session.transfer.run()
+            stats = session.transfer.stats.result()
+            await engine.readers.run(session.finish)
         session.meter.done()
-        stats = session.transfer.stats.result()
-        tensors = [session.hand_out(index) for index in range(len(session.plan.tensors))]
-        return Model(
-            {tensor.name: tensor for tensor in tensors},
-            header=session.opened.header,
-            device=engine.device.info,
-            stats=stats,
-        )
+        return Model(session.tensors, header=session.opened.header, device=engine.device.info, stats=stats)
     except BaseException as error:
         if begun:
             session.meter.failed(error)
@@ -51,7 +46,7 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
 
 
 def _partial(session: Session) -> Partial:
-    arrived = [session.hand_out(index) for index in sorted(session.landed_tensors)]
+    arrived = [session.hand_out(index) for index in sorted(session.memory)]
     return Partial(
         {tensor.name: tensor for tensor in arrived},
         identity=session.opened.identity,
@@ -69,10 +64,15 @@ def _take_over(session: Session, partial: Partial) -> None:
         raise PlanError(f"the partial load is on {partial.device.name}, not on {session.engine.device.info.name}")
     indices = {tensor.info.name: index for index, tensor in enumerate(session.plan.tensors)}
     for name, tensor in partial.tensors.items():
-        planned = session.plan.tensors[indices[name]] if name in indices else None
-        if planned is not None and (planned.dtype, planned.shape) != (tensor.dtype, tensor.shape):
+        if name not in indices:
+            continue
+        planned, borrowed = session.plan.tensors[indices[name]], session.memory.get(indices[name])
+        if (planned.dtype, planned.shape) != (tensor.dtype, tensor.shape):
             raise PlanError(f"{name} arrived as {tensor.dtype}, and is now asked for as {planned.dtype}")
+        if borrowed is not None and borrowed.address != tensor.address:
+            raise PlanError(f"{name} arrived elsewhere than in the buffer that is now given for it")
     for name, tensor in partial.take().items():
-        if name in indices:  # what is not selected any more is freed with its last reference
+        if name in indices:
             session.memory[indices[name]] = tensor.memory
             session.landed_tensors.add(indices[name])
+        tensor.close()

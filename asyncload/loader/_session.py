@@ -43,6 +43,7 @@ class Session(Sink):
         self.opened = OpenedModel(engine.readers.run, strict=engine.options.strict)
         self.memory: dict[int, Memory] = {}  # by the tensor's index in the plan, until it is handed out
         self.landed_tensors: set[int] = set()
+        self.tensors: dict[str, Tensor] = {}  # once all of them are there
 
     async def open(self) -> None:
         """Opens the sources and makes the plan, its kernels and its borrowed targets; nothing has moved then."""
@@ -111,8 +112,16 @@ class Session(Sink):
             logical_shape=tensor.info.shape,
         )
 
+    def finish(self) -> None:
+        """Makes tensors of all targets; for thousands of them that is nothing for the loop's thread."""
+        for index in range(len(self.plan.tensors)):
+            tensor = self.hand_out(index)
+            self.tensors[tensor.name] = tensor
+
     async def discard(self, keep: Collection[int] = ()) -> None:
         """Frees the targets that were not handed out, but for those to keep, and waits until that is done."""
+        for tensor in self.tensors.values():
+            tensor.close()
         for index in [index for index in self.memory if index not in keep]:
             memory = self.memory.pop(index)
             if isinstance(memory, Allocation):

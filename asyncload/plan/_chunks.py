@@ -25,6 +25,8 @@ __all__ = ["Chunk", "Segment", "cut_chunks"]
 _ALIGNMENT: Final = 64
 # Reading a gap of this size costs less than another read.
 _GAP: Final = 64 << 10
+# Tensors that share a chunk: what they cost on the event loop's thread comes in one piece.
+_MOST_SHARED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,8 @@ def _joins(tensors: Sequence[TensorPlan], shared: Sequence[int], tensor: TensorP
     """Whether a small tensor lies close enough behind the others for one read of at most ``room`` bytes."""
     first, last, info = tensors[shared[0]].info, tensors[shared[-1]].info, tensor.info
     return (
-        info.part == first.part
+        len(shared) < _MOST_SHARED
+        and info.part == first.part
         and 0 <= info.offset - last.offset - last.nbytes <= _GAP
         and _align(info.offset + info.nbytes - first.offset) <= room
     )

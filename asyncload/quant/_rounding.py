@@ -53,7 +53,7 @@ def float_to_half(values: Vector, *, native: bool) -> Vector:
     magnitude = bits & 0x7FFF_FFFF
     # the sum with 0.5 has the subnormal's unit as its last place, so the addition itself rounds
     subnormal = (magnitude.cast(FLOAT) + 0.5).cast(I32) & 0x7FFF
-    normal = (magnitude + ((magnitude >> _MANTISSA_SHIFT) & 1) + 0x1000 - (_BIAS << 23)) >> _MANTISSA_SHIFT
+    normal = (magnitude + ((magnitude >> _MANTISSA_SHIFT) & 1) + 0xFFF - (_BIAS << 23)) >> _MANTISSA_SHIFT
     finite = (magnitude < _HALF_SMALLEST_NORMAL).select(subnormal, normal)
     special = values.is_nan().select(magnitude.fill(_HALF_NAN), magnitude.fill(_HALF_INFINITY))
     rounded = (magnitude < _HALF_BEYOND).select(finite, special)

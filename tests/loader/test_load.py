@@ -299,6 +299,9 @@ class TestFailures:
             assert partial is not None
             with pytest.raises(PlanError, match="arrived as"):
                 await loader.load(source, dtype={partial.names[0]: "f16"}, resume=partial)
+            elsewhere = np.zeros(partial.tensors[partial.names[0]].shape, partial.tensors[partial.names[0]].dtype)
+            with pytest.raises(PlanError, match="arrived elsewhere"):
+                await loader.load(source, into={partial.names[0]: elsewhere}, resume=partial)
             other = tmp_path / "other.gguf"
             other.write_bytes(model_path.read_bytes())
             with pytest.raises(SourceChangedError):

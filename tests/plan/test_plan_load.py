@@ -192,6 +192,12 @@ class TestChunks:
         header: Any = FakeHeader(*((f"t{i}", GGMLType.F32, (16,)) for i in range(100)))
         assert len(list(plan_load(header, chunk_size=CHUNK).chunks())) == 1
 
+    def test_thousands_of_small_tensors_come_in_pieces(self) -> None:
+        header: Any = FakeHeader(*((f"t{i}", GGMLType.F32, (1,)) for i in range(3000)))
+        plan = plan_load(header)
+        check_chunks(plan, plan.chunk_size)
+        assert max(len(chunk.segments) for chunk in plan.chunks()) <= 256
+
     def test_small_tensors_far_apart_do_not(self) -> None:
         header: Any = FakeHeader(*((f"t{i}", GGMLType.F32, (16,)) for i in range(3)), gap=1 << 20)
         assert len(list(plan_load(header, chunk_size=CHUNK).chunks())) == 3
