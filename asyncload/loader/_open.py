@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from asyncload.errors import SourceNotFoundError, SplitError
+from asyncload.errors import SourceNotFoundError
 from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
 from asyncload.source import BlockingSource, Source, open_source
 
@@ -57,14 +57,14 @@ class OpenedModel:
         else:
             self.sources = [path] if isinstance(path, Source) else list(path)
             headers = [await self._read_header(source) for source in self.sources]
-            self.header = await self._run(join_parts, headers, [source.url for source in self.sources])
+            names = [source.url for source in self.sources]
+            self.header = await self._run(join_parts, headers, names, pause=_pause)
 
     def _open_path(self, path: str) -> None:
         source = self._open_source(path)
         first = _read_header_blocking(source, self._parser(source))
         paths = split_paths(path, split_count(first))
-        headers: list[Header] = []
-        missing: list[str] = []
+        headers: list[Header | None] = []
         for name in paths:
             if Path(name).name == Path(path).name:
                 self.sources.append(source)
@@ -73,17 +73,11 @@ class OpenedModel:
             try:
                 part = self._open_source(name)
             except SourceNotFoundError:
-                missing.append(name)
-                continue
-            self.sources.append(part)
-            headers.append(_read_header_blocking(part, self._parser(part)))
-        if missing:
-            raise SplitError(
-                f"{len(missing)} of {len(paths)} parts are missing: {', '.join(missing)}",
-                parts=tuple(missing),
-                url=path,
-            )
-        self.header = join_parts(headers, paths)
+                headers.append(None)  # all that is wrong with the parts is said at once
+            else:
+                self.sources.append(part)
+                headers.append(_read_header_blocking(part, self._parser(part)))
+        self.header = join_parts(headers, paths, pause=_pause)
 
     def _open_source(self, path: str) -> BlockingSource:
         source = open_source(path)
@@ -139,5 +133,9 @@ def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
 
 
 def _pause() -> None:
-    """Lets other threads have the interpreter lock: a thread in a tight loop would keep it for 5 ms at a time."""
-    time.sleep(1e-5)
+    """Lets other threads have the interpreter lock: a thread in a tight loop would keep it for 5 ms at a time.
+
+    Long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the parser is often
+    back first.
+    """
+    time.sleep(5e-5)

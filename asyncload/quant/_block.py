@@ -132,7 +132,7 @@ class Block:
                 write, keep, data = (ir.Constant(I32, number) for number in (1, 3, 1))
                 self._function("llvm.prefetch.p0", ir.VoidType(), ahead, write, keep, data)
         pointer = self._builder.bitcast(pointer, elements.value.type.as_pointer())
-        self._builder.store(elements.value, pointer, align=64)
+        self._builder.store(elements.value, pointer, align=1)
 
     def _call(self, name: str, *arguments: Vector) -> Vector:
         """Calls an LLVM intrinsic that returns what its first argument is."""

@@ -21,6 +21,7 @@ from asyncload.errors import (
     SourceChangedError,
     SourceNotFoundError,
     SourceReadError,
+    SplitError,
     TargetError,
     TensorNotFoundError,
     UnsupportedQuantError,
@@ -120,6 +121,15 @@ async def test_split_files_are_opened_by_any_part(tmp_path: Path) -> None:
             info = model.header.tensors[name]
             data = np.fromfile(paths[info.part], np.uint8, info.nbytes, offset=info.offset)
             assert np.array_equal(tensor.numpy().reshape(-1).view(np.uint8), data), name
+
+
+async def test_missing_parts_are_all_named(tmp_path: Path) -> None:
+    paths = await run_in_thread(synthesize, tmp_path / "split.gguf", preset="tiny", quant="Q4_0", parts=4)
+    paths[1].unlink()
+    paths[3].unlink()
+    with pytest.raises(SplitError) as caught:
+        await load(paths[2], device="host", options=SMALL)
+    assert [Path(part).name for part in caught.value.parts] == [paths[1].name, paths[3].name]
 
 
 @pytest.mark.parametrize("kind", ["memory", "async only"])
