@@ -47,7 +47,7 @@ def decode_alone(file: Path, plan: LoadPlan, options: Options) -> float:
     buffers = deque(memoryview(bytearray(options.chunk_size)) for _ in range(options.buffers))
 
     def work(chunk: Chunk) -> None:
-        buffer = buffers.pop()
+        buffer = buffers.popleft()  # the oldest, as in a pipeline: the one used last is being copied
         os.preadv(descriptor, [buffer[: chunk.nbytes]], chunk.offset)
         for segment in chunk.segments:
             tensor = plan.tensors[segment.tensor]
@@ -101,7 +101,7 @@ def targets(header: Header) -> dict[str, NDArray[Any]]:
 
 
 def measure(file: Path, rounds: int, *, real_copies: bool) -> dict[str, Any]:
-    """Both halves, and loads in four ways, in turns; medians."""
+    """Both halves, and loads in four ways, in turns; the medians of all rounds."""
     # the host device moves its bytes with memmove, and nothing else here does
     with nullcontext() if real_copies else patch.object(ctypes, "memmove", _move_nothing):
         return _measure(file, rounds)
@@ -125,24 +125,29 @@ def _measure(file: Path, rounds: int) -> dict[str, Any]:
     prepare([(tensor.info.type, tensor.dtype) for tensor in plan.tensors if tensor.decoded])
     into = targets(header)
     decode_alone(file, plan, options)
-    decoding = statistics.median(decode_alone(file, plan, options) for _ in range(rounds))
-    bandwidth = plan.device_nbytes / decoding
 
-    seconds: dict[str, list[float]] = {name: [] for name in ("decode alone", "copy alone", *ways)}
-    for _ in range(rounds):
-        seconds["decode alone"].append(decode_alone(file, plan, options))
+    taken: dict[str, list[float]] = {name: [] for name in ("decode alone", "copy alone", *ways)}
+    ratios: dict[str, list[float]] = {name: [] for name in taken}
+    bandwidths: list[float] = []
+    for _ in range(rounds):  # each with the rate of its own, as the machine may have others to serve
+        seconds = {"decode alone": decode_alone(file, plan, options)}
+        bandwidth = plan.device_nbytes / seconds["decode alone"]
         device = HostDevice(bandwidth=bandwidth)
-        seconds["copy alone"].append(copy_alone(device, plan.device_nbytes, options))
+        seconds["copy alone"] = copy_alone(device, plan.device_nbytes, options)
         device.close()
+        slower = max(seconds.values())
         for name, way in ways.items():
-            seconds[name].append(run_async(partial(load, file, HostDevice(bandwidth=bandwidth), way, into)))
-    slower = max(statistics.median(seconds[name]) for name in ("decode alone", "copy alone"))
+            seconds[name] = run_async(partial(load, file, HostDevice(bandwidth=bandwidth), way, into))
+        bandwidths.append(bandwidth)
+        for name, value in seconds.items():
+            taken[name].append(value)
+            ratios[name].append(value / slower)
     return {
-        "bandwidth": bandwidth,
+        "bandwidth": statistics.median(bandwidths),
         "device_bytes": plan.device_nbytes,
         "rows": [
-            {"how": name, "seconds": statistics.median(taken), "of_slower": statistics.median(taken) / slower}
-            for name, taken in seconds.items()
+            {"how": name, "seconds": statistics.median(taken[name]), "of_slower": statistics.median(ratios[name])}
+            for name in taken
         ],
     }
 
@@ -152,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--real-copies", action="store_true", help="let the processor copy the bytes")
     arguments = parser.parse_args(argv)
     with model_file(arguments) as file:
-        results = measure(file, 1 if arguments.quick else 5, real_copies=arguments.real_copies)
+        results = measure(file, 1 if arguments.quick else 9, real_copies=arguments.real_copies)
     print_table(
         f"{file.name} as {_DTYPE}, {results['device_bytes'] / 1e9:.3f} GB, over a device of "
         f"{results['bandwidth'] / 1e9:.2f} GB/s",

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 
 from asyncload.device._contract import DeviceInfo, DeviceMemory, MemoryInfo, check_download
-from asyncload.device._host_stream import CopyEngine, HostStream, PassedAll
+from asyncload.device._host_stream import CopyEngine, Hold, HostStream, PassedAll
 from asyncload.device._pages import Pages
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
 
@@ -82,7 +82,7 @@ class HostDevice:
         self._quarantine: deque[Pages] = deque()
         self._streams: set[HostStream] = set()
         self._opened = 0
-        self._held: list[threading.Event] = []
+        self._held: list[Hold] = []
         self._thread = threading.local()
         self.attach()
 
@@ -224,9 +224,9 @@ class HostDevice:
 
     # For tests
 
-    def hold(self) -> threading.Event:
-        """Stands for another library's work on the device: enqueued now, ended when the returned event is set."""
-        held = threading.Event()
+    def hold(self) -> Hold:
+        """Stands for another library's work on the device: enqueued now, and lasting until it is told to end."""
+        held = Hold()
         with self._lock:
             self._held.append(held)
         return held

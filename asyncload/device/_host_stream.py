@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Self
 
 from asyncload.device._contract import DeviceMemory, StagingMemory, check_upload
 from asyncload.errors import CopyError, DeviceError
 
-__all__ = ["CopyEngine", "HostEvent", "HostStream", "PassedAll"]
+__all__ = ["CopyEngine", "Hold", "HostEvent", "HostStream", "PassedAll"]
 
 _PIECE = 4 << 20  # bytes that a slowed copy moves at once: it reads its source until shortly before it ends
 
@@ -130,6 +131,18 @@ class HostEvent:
         self._passed.set()
 
 
+class Hold(threading.Event):
+    """Work that ends when it is set, or, as a context manager, at the end of the block."""
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Ends the work."""
+        self.set()
+
+
 class PassedAll:
     """An event made of several marks in other work."""
 
@@ -190,9 +203,9 @@ class HostStream:
         self._work.put(partial(self._pass, event))
         return event
 
-    def hold(self) -> threading.Event:
-        """Enqueues work that ends when the event that is returned is set, for tests that need a stream to be late."""
-        held = threading.Event()
+    def hold(self) -> Hold:
+        """Enqueues work that lasts until it is told to end, for tests that need a stream to be late."""
+        held = Hold()
         self._work.put(held.wait)
         return held
 

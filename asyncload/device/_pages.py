@@ -10,6 +10,7 @@ from contextlib import suppress
 
 __all__ = ["Pages"]
 
+_libc = ctypes.CDLL(None)
 _HUGE_PAGE = 2 << 20
 _TOUCHING_THREADS = 8
 
@@ -50,4 +51,6 @@ class Pages:
         """Unmaps the pages, now or as soon as the last view of them that somebody still holds is gone."""
         with suppress(BufferError):
             self.view.release()
+            # gives the pages back first: closing the mapping would do that with the interpreter lock held
+            _libc.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes), mmap.MADV_DONTNEED)
             self._mapping.close()

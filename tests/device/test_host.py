@@ -31,11 +31,8 @@ class TestHostDevice(DeviceConformance):
     def hold(self, device: Device, stream: Stream | None) -> Generator[Callable[[], None]]:
         assert isinstance(device, HostDevice)
         assert stream is None or isinstance(stream, HostStream)
-        held = device.hold() if stream is None else stream.hold()
-        try:
+        with device.hold() if stream is None else stream.hold() as held:
             yield held.set
-        finally:
-            held.set()
 
 
 class TestSlowHostDevice(TestHostDevice):
@@ -142,10 +139,9 @@ def test_a_copy_reads_its_source_when_its_turn_has_come(make: Make, bandwidth: f
     device = make(bandwidth=bandwidth)
     staging, memory, stream = device.staging(4096), device.allocate(4096), device.stream()
     staging.view[:] = b"a" * 4096
-    held = stream.hold()
-    stream.upload(memory, 0, staging, 0, 4096)
-    staging.view[:] = b"b" * 4096  # too early: no event has passed
-    held.set()
+    with stream.hold():
+        stream.upload(memory, 0, staging, 0, 4096)
+        staging.view[:] = b"b" * 4096  # too early: no event has passed
     stream.record().synchronize()
     assert read(device, memory) == b"b" * 4096
 
@@ -264,19 +260,18 @@ def test_allocations_can_be_watched_and_refused(make: Make) -> None:
 def test_memory_under_a_copy_cannot_be_given_back(make: Make) -> None:
     device = make(poison=True)
     staging, memory, stream = device.staging(8192), device.allocate(4096), device.stream()
-    held = stream.hold()
-    stream.upload(memory, 0, staging, 4096, 4096)
-    breaches: list[Callable[[], None]] = [
-        partial(device.free, memory),
-        staging.close,
-        partial(staging.discard, 0, 4097),
-        partial(staging.discard, 8191, 1),
-    ]
-    for breach in breaches:
-        with pytest.raises(DeviceError, match="1 copies still use it"):
-            breach()
-    staging.discard(0, 4096)
-    held.set()
+    with stream.hold():
+        stream.upload(memory, 0, staging, 4096, 4096)
+        breaches: list[Callable[[], None]] = [
+            partial(device.free, memory),
+            staging.close,
+            partial(staging.discard, 0, 4097),
+            partial(staging.discard, 8191, 1),
+        ]
+        for breach in breaches:
+            with pytest.raises(DeviceError, match="1 copies still use it"):
+                breach()
+        staging.discard(0, 4096)
     stream.record().synchronize()
     staging.discard(0, 8192)
     staging.close()
@@ -367,12 +362,12 @@ def test_closing_ends_all_threads(make: Make) -> None:
 def test_a_barrier_finds_the_work_of_a_stream_that_is_being_closed(make: Make) -> None:
     device = make()
     stream = device.stream()
-    held = stream.hold()
-    closer = threading.Thread(target=stream.close)
-    closer.start()
-    barrier = device.barrier()
-    assert not barrier.done()
-    held.set()
-    barrier.synchronize()
-    closer.join(TIMEOUT)
-    assert not closer.is_alive()
+    with stream.hold() as held:
+        closer = threading.Thread(target=stream.close)
+        closer.start()
+        barrier = device.barrier()
+        assert not barrier.done()
+        held.set()
+        barrier.synchronize()
+        closer.join(TIMEOUT)
+        assert not closer.is_alive()

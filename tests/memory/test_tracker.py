@@ -193,10 +193,10 @@ def test_out_of_memory_carries_the_breakdown(tracker: VramTracker) -> None:
 
 
 def test_what_was_dropped_is_waited_for_before_memory_is_short(tracker: VramTracker, device: TroubledDevice) -> None:
-    work = device.hold()
-    allocate(tracker, 60 << 20).close()
-    device.when_full = work.set
-    assert allocate(tracker, 50 << 20).nbytes == 50 << 20
+    with device.hold() as work:
+        allocate(tracker, 60 << 20).close()
+        device.when_full = work.set
+        assert allocate(tracker, 50 << 20).nbytes == 50 << 20
 
 
 def test_empty_memory_costs_nothing(tracker: VramTracker, device: TroubledDevice) -> None:
@@ -261,18 +261,18 @@ def test_memory_stays_while_enqueued_work_uses_it(tracker: VramTracker, device: 
         allocation = allocate(tracker)
         address = allocation.address
         ctypes.memset(address, 0x11, KIB)
-        work = hold()
-        allocation.close()  # returns at once, though the work has not ended
-        del allocation
-        flushed = flush_on_a_thread(tracker)
-        assert device.barrier_taken.wait(TIMEOUT)
-        device.barrier_taken.clear()
-        device.stream().close()  # other work comes and goes
-        assert not flushed.is_set()
-        assert ctypes.string_at(address, KIB) == b"\x11" * KIB
-        assert tracker.total == device.used == KIB
-        work.set()
-        assert flushed.wait(TIMEOUT)
+        with hold() as work:
+            allocation.close()  # returns at once, though the work has not ended
+            del allocation
+            flushed = flush_on_a_thread(tracker)
+            assert device.barrier_taken.wait(TIMEOUT)
+            device.barrier_taken.clear()
+            device.stream().close()  # other work comes and goes
+            assert not flushed.is_set()
+            assert ctypes.string_at(address, KIB) == b"\x11" * KIB
+            assert tracker.total == device.used == KIB
+            work.set()
+            assert flushed.wait(TIMEOUT)
         assert ctypes.string_at(address, KIB) == b"\xa5" * KIB
         assert tracker.total == device.used == 0
 
@@ -280,19 +280,17 @@ def test_memory_stays_while_enqueued_work_uses_it(tracker: VramTracker, device: 
 def test_work_enqueued_after_the_drop_is_not_waited_for(tracker: VramTracker, device: TroubledDevice) -> None:
     allocate(tracker).close()
     assert device.barrier_taken.wait(TIMEOUT)
-    after = device.hold()
-    tracker.flush()
-    assert device.used == 0
-    after.set()
+    with device.hold():
+        tracker.flush()
+        assert device.used == 0
 
 
 def test_what_was_dropped_meanwhile_shares_a_barrier(tracker: VramTracker, device: TroubledDevice) -> None:
-    work = device.hold()
     held = [allocate(tracker) for _ in range(100)]
-    held.pop().close()
-    assert device.barrier_taken.wait(TIMEOUT)  # what follows waits behind it
-    held.clear()
-    work.set()
+    with device.hold():
+        held.pop().close()
+        assert device.barrier_taken.wait(TIMEOUT)  # what follows waits behind it
+        held.clear()
     tracker.flush()
     assert device.used == 0
     assert device.barriers == 2
@@ -314,22 +312,19 @@ def test_the_garbage_collector_may_run_inside_a_locked_region(tracker: VramTrack
 @pytest.mark.anyio
 async def test_dropping_on_an_event_loop_never_blocks(tracker: VramTracker, device: TroubledDevice) -> None:
     allocation = [await anyio.to_thread.run_sync(allocate, tracker)]
-    work = device.hold()
-    with tracker._lock:  # whoever took it here would never come back
+    with device.hold(), tracker._lock:  # whoever took the lock here, or waited, would never come back
         allocation.clear()
-    work.set()
     await anyio.to_thread.run_sync(tracker.flush)
     assert device.used == 0
 
 
 def test_flush_without_anything_dropped_returns(tracker: VramTracker, device: TroubledDevice) -> None:
-    work = device.hold()
-    tracker.flush()
-    kept = allocate(tracker)
-    tracker.flush()
-    assert device.barriers == 0
-    assert tracker.total == kept.nbytes
-    work.set()
+    with device.hold():
+        tracker.flush()
+        kept = allocate(tracker)
+        tracker.flush()
+        assert device.barriers == 0
+        assert tracker.total == kept.nbytes
 
 
 def test_an_address_may_be_handed_out_again_as_soon_as_it_is_freed(
