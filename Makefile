@@ -38,9 +38,7 @@ format: $(READY) ## put format and imports in order
 	$(BIN)/ruff check --fix
 
 bench: $(READY) ## the benchmarks, at a size for a laptop
-	$(BIN)/python -m bench.load
-	$(BIN)/python -m bench.overlap
-	$(BIN)/python -m bench.latency
+	for name in start load overlap latency chunks memory dequant; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,14 +5,22 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from typing import Final
 
 __all__ = ["Pages"]
 
-_libc = ctypes.CDLL(None)
-_HUGE_PAGE = 2 << 20
-_TOUCHING_THREADS = 8
+_HUGE_PAGE: Final = 2 << 20
+_TOUCHING_THREADS: Final = 8
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)  # its calls release the interpreter lock
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Pages:
@@ -21,19 +29,26 @@ class Pages:
     Raises ``MemoryError`` if there is no address space or memory for them.
     """
 
-    __slots__ = ("_mapping", "address", "nbytes", "view")
+    __slots__ = ("address", "nbytes", "view")
 
     def __init__(self, nbytes: int) -> None:
-        try:
-            self._mapping = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError) as error:
-            raise MemoryError(f"the system has no {nbytes} bytes: {error}") from error
+        length = max(nbytes, 1)
+        if length > sys.maxsize:
+            raise MemoryError(f"the system has no {nbytes} bytes: more than an address can count")
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        if address in {None, _MAP_FAILED}:
+            raise MemoryError(f"the system has no {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
         if nbytes >= _HUGE_PAGE:
-            with suppress(OSError):  # a kernel without them
-                self._mapping.madvise(mmap.MADV_HUGEPAGE)
+            _libc.madvise(address, length, mmap.MADV_HUGEPAGE)  # a kernel without them refuses, and that is fine
+        # What all views stand on: when the last of them goes, so do the pages. Python's own mmap unmaps with the
+        # interpreter lock held, which for a few hundred megabytes takes longer than an event loop may wait.
+        array = (ctypes.c_char * length).from_address(address)
+        finalizer = weakref.finalize(array, _libc.munmap, address, length)
+        finalizer.atexit = False
         self.nbytes = nbytes
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
-        self.view = memoryview(self._mapping)[:nbytes]
+        self.address = address
+        self.view = memoryview(array).cast("B")[:nbytes]
 
     def touch(self) -> None:
         """Has the system fill in the pages now, on several threads: one alone is bound by the kernel's clearing."""
@@ -49,8 +64,4 @@ class Pages:
 
     def close(self) -> None:
         """Unmaps the pages, now or as soon as the last view of them that somebody still holds is gone."""
-        with suppress(BufferError):
-            self.view.release()
-            # gives the pages back first: closing the mapping would do that with the interpreter lock held
-            _libc.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes), mmap.MADV_DONTNEED)
-            self._mapping.close()
+        self.view.release()

@@ -65,6 +65,12 @@ def test_overlap_compares_with_the_slower_alone(tmp_path: Path) -> None:
     assert all(row["of_slower"] > 0 for row in results["rows"])
 
 
+def test_start_measures_imports(tmp_path: Path) -> None:
+    results = run("start", tmp_path)
+    assert results["bare"] > 0
+    assert "import asyncload" in results["seconds"]
+
+
 def test_the_demo_checks_every_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.gguf"
     synthesize(file, preset="tiny", quant="Q4_K_M")
