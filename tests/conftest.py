@@ -66,10 +66,17 @@ def _missing_package(name: str) -> Callable[[], str | None]:
     return lambda: None if find_spec(name) else f"{name} is not installed"
 
 
+def _missing_demo_model() -> str | None:
+    from bench._demo_model import NAME, cache_folder
+
+    return None if (cache_folder() / NAME).exists() else f"{NAME} is not in {cache_folder()}: `make demo` fetches it"
+
+
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "gpu": _missing_gpu,
     "torch": _missing_package("torch"),
     "cupy": _missing_package("cupy"),
+    "demo": _missing_demo_model,
 }
 _not_run: dict[str, list[str]] = {}
 
