@@ -113,7 +113,7 @@ def _move_nothing(target: int, source: int, nbytes: int) -> int:
 
 
 def _measure(file: Path, rounds: int) -> dict[str, Any]:
-    options = Options(nice=0)  # the same priority as each half alone has
+    options = Options()
     ways = {
         "pipelined": options,
         "one thread": replace(options, threads=1),

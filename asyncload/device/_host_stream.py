@@ -13,9 +13,11 @@ from typing import Self
 
 from asyncload.device._contract import DeviceMemory, StagingMemory, check_upload
 from asyncload.errors import CopyError, DeviceError
+from asyncload.threads import lower_priority
 
 __all__ = ["CopyEngine", "Hold", "HostEvent", "HostStream", "PassedAll"]
 
+_NICE = 10
 _PIECE = 4 << 20  # bytes that a slowed copy moves at once: it reads its source until shortly before it ends
 
 
@@ -164,7 +166,8 @@ class PassedAll:
 class HostStream:
     """A thread that does enqueued work in order; ``closed`` is told when it has ended.
 
-    A failed copy does not stop the ones after it; the next event that is recorded reports it, and no later one.
+    A failed copy does not stop the ones after it; the next event that is recorded reports it, and no later one. The
+    thread is nicer than the process's others: it stands for a copy engine, which takes no processor from anybody.
     """
 
     def __init__(
@@ -232,6 +235,7 @@ class HostStream:
             raise DeviceError(f"{self._engine.device}: the stream is closed", device=self._engine.device)
 
     def _run(self) -> None:
+        lower_priority(_NICE)
         while (work := self._work.get()) is not None:
             work()
 

@@ -8,6 +8,7 @@ import os
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final
 
 __all__ = ["Pages"]
@@ -64,4 +65,5 @@ class Pages:
 
     def close(self) -> None:
         """Unmaps the pages, now or as soon as the last view of them that somebody still holds is gone."""
-        self.view.release()
+        with suppress(BufferError):  # somebody has made an array of it
+            self.view.release()

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import anyio
+
 from asyncload.device import Device, DeviceMemory, Event, StagingMemory
-from asyncload.threads import Threads, lower_priority
+from asyncload.threads import lower_priority
 
 __all__ = ["Copy", "StreamWorker"]
 
@@ -29,68 +31,80 @@ class Copy:
     nbytes: int
 
 
+# Called once the event behind the copies has passed, on another thread: with the error, if there was one, and with the
+# moment (``time.perf_counter``) from which on the copies were under way.
+Done = Callable[[BaseException | None, float], None]
+
+
 @dataclass(slots=True)
-class _Enqueued:
-    event: Event | None
-    error: BaseException | None
-    begin: float
-    done: Callable[[BaseException | None, float], None]
+class _Batch:
+    copies: Sequence[Copy]
+    done: Done
+    event: Event | None = None
+    error: BaseException | None = None
+    begin: float = 0.0
 
 
 class StreamWorker:
-    """Runs copies on one stream, at most ``depth`` batches at a time; opening and closing it blocks."""
+    """Runs batches of copies on one stream, in order; opening and closing it blocks.
+
+    ``room`` is taken by whoever submits a batch and given back when it has ended: ``depth`` batches are enough for the
+    stream never to be idle, and more would only stand before those of other loads.
+    """
 
     def __init__(self, device: Device, index: int, *, depth: int, nice: int) -> None:
+        self.room = anyio.Semaphore(depth, fast_acquire=True)
         self._stream = device.stream()
-        self._room = threading.Semaphore(depth)
-        self._enqueuer = Threads(1, f"asyncload-stream{index}", nice=nice, setup=device.attach)
-        self._enqueued: queue.SimpleQueue[_Enqueued | None] = queue.SimpleQueue()
-        self._reporter = threading.Thread(
-            target=self._report, args=(device, nice), name=f"asyncload-events{index}", daemon=True
-        )
-        self._reporter.start()
+        self._submitted: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._enqueued: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, args=(device, nice, work), name=f"asyncload-{name}{index}", daemon=True)
+            for name, work in (("stream", self._enqueue), ("events", self._report))
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    async def submit(self, copies: Sequence[Copy], done: Callable[[BaseException | None, float], None]) -> None:
-        """Enqueues copies and an event behind them; returns when they are enqueued.
+    def submit(self, copies: Sequence[Copy], done: Done) -> None:
+        """Has copies and an event behind them enqueued; returns at once.
 
-        Once the event has passed, ``done`` is called, exactly once and on another thread, with the error if there was
-        one and with the moment (``time.perf_counter``) from which on the copies were under way. Until then the staging
-        memory must not change.
+        ``done`` is called exactly once. Until then the staging memory must not change.
         """
-        await self._enqueuer.run(self._enqueue, copies, done)
+        self._submitted.put(_Batch(copies, done))
 
-    def _enqueue(self, copies: Sequence[Copy], done: Callable[[BaseException | None, float], None]) -> None:
-        self._room.acquire()
-        begin = time.perf_counter()
-        error: BaseException | None = None
-        event: Event | None = None
-        try:
-            for copy in copies:
-                self._stream.upload(copy.target, copy.target_offset, copy.staging, copy.staging_offset, copy.nbytes)
-        except BaseException as failure:  # noqa: BLE001 - whoever waits for the copies gets it
-            error = failure
-        try:
-            event = self._stream.record()  # also after a failure: the copies before it still read the buffer
-        except BaseException as failure:  # noqa: BLE001
-            error = error or failure
-        self._enqueued.put(_Enqueued(event, error, begin, done))
-
-    def _report(self, device: Device, nice: int) -> None:
+    def _run(self, device: Device, nice: int, work: Callable[[], None]) -> None:
         lower_priority(nice)
         device.attach()
+        work()
+
+    def _enqueue(self) -> None:
+        while (batch := self._submitted.get()) is not None:
+            batch.begin = time.perf_counter()
+            try:
+                for copy in batch.copies:
+                    self._stream.upload(
+                        copy.target, copy.target_offset, copy.staging, copy.staging_offset, copy.nbytes
+                    )
+            except BaseException as failure:  # noqa: BLE001 - whoever waits for the copies gets it
+                batch.error = failure
+            try:
+                batch.event = self._stream.record()  # also after a failure: the copies before it read the buffer
+            except BaseException as failure:  # noqa: BLE001
+                batch.error = batch.error or failure
+            self._enqueued.put(batch)
+        self._enqueued.put(None)
+
+    def _report(self) -> None:
         while (batch := self._enqueued.get()) is not None:
-            error = batch.error
             try:
                 if batch.event is not None:
                     batch.event.synchronize()
             except BaseException as failure:  # noqa: BLE001 - as above
-                error = error or failure
-            self._room.release()
-            batch.done(error, batch.begin)
+                batch.error = batch.error or failure
+            batch.done(batch.error, batch.begin)
 
     def close(self) -> None:
         """Waits for all work and ends the threads and the stream; blocks."""
-        self._enqueuer.close()
-        self._enqueued.put(None)
-        self._reporter.join()
+        self._submitted.put(None)
+        for thread in self._threads:
+            thread.join()
         self._stream.close()

@@ -58,6 +58,7 @@ class _Filled:
 @dataclass(slots=True)
 class _Arrival:
     chunk: Chunk
+    stream: StreamWorker
     error: BaseException | None
 
 
@@ -194,6 +195,7 @@ class Transfer:
     async def _consume(self, receive: MemoryObjectReceiveStream[_Filled], stream: StreamWorker) -> None:
         while True:  # until all has arrived and the group is cancelled
             filled = await receive.receive()
+            await stream.room.acquire()
             buffer = filled.buffer
             copies = [
                 Copy(
@@ -209,15 +211,15 @@ class Transfer:
             self._held.discard(buffer)
             with self._lock:
                 self._on_device += 1
-            await stream.submit(copies, partial(self._passed, filled))
+            stream.submit(copies, partial(self._passed, filled, stream))
 
-    def _passed(self, filled: _Filled, error: BaseException | None, begin: float) -> None:
+    def _passed(self, filled: _Filled, stream: StreamWorker, error: BaseException | None, begin: float) -> None:
         """An event has passed; on the stream's thread."""
         self.stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes)
         filled.buffer.release()
         with self._lock:
             self._on_device -= 1
-            self._arrivals.append(_Arrival(filled.chunk, error))
+            self._arrivals.append(_Arrival(filled.chunk, stream, error))
             told = len(self._arrivals) > 1
         if not told:  # else the loop takes this one along
             self._loop.post(self._take_arrivals)
@@ -229,6 +231,7 @@ class Transfer:
                 if not self._arrivals:
                     break
                 arrival = self._arrivals.popleft()
+            arrival.stream.room.release()
             if arrival.error is not None:
                 self._fail(self._copy_error(arrival))
             else:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from asyncload.device import Device, DeviceMemory, HostDevice, Stream, _host_stream, default_device, open_device
 from asyncload.device._host_stream import CopyEngine, HostStream
+from asyncload.device._pages import Pages
 from asyncload.errors import CopyError, DeviceError, DeviceNotFoundError, OutOfDeviceMemoryError
 from asyncload.testing import DeviceConformance
 
@@ -162,6 +164,47 @@ def test_a_slow_copy_reads_its_source_until_shortly_before_it_ends(make: Make, m
     stream.record().synchronize()
     assert read(device, memory) == bytes(12 << 20) + b"b" * (4 << 20)
     assert moments[3] - moments[0] == pytest.approx((12 << 20) / 1e9)
+
+
+# Pages
+
+
+def mapped(address: int) -> bool:
+    with Path("/proc/self/maps").open() as maps:
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+    return any(begin <= address < end for begin, end in ranges)
+
+
+def test_pages_are_unmapped_when_they_are_closed_and_nobody_looks() -> None:
+    pages = Pages(5 << 20)
+    assert mapped(pages.address + (5 << 20) - 1)
+    pages.touch()
+    assert bytes(pages.view[-16:]) == bytes(16)
+    part = pages.view[:16]
+    pages.close()
+    assert mapped(pages.address)
+    part.release()
+    pages.close()
+    assert not mapped(pages.address)
+
+
+def test_pages_under_an_array_stay_with_it() -> None:
+    pages = Pages(4096)
+    address = pages.address
+    array = (ctypes.c_char * 4096).from_buffer(pages.view)
+    pages.close()
+    del pages
+    assert array[0] == b"\0"
+    del array
+    assert not mapped(address)
+
+
+def test_there_is_an_end_to_address_space() -> None:
+    for nbytes in (1 << 60, 1 << 70):
+        with pytest.raises(MemoryError):
+            Pages(nbytes)
+    with pytest.raises(DeviceError, match="no staging memory"):
+        HostDevice().staging(1 << 60)
 
 
 # Faults
