@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
+import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncload import loader as _loader
@@ -101,8 +103,26 @@ class Loader:
         """``asyncload.Loader.tensors``: ``with loader.tensors(path) as tensors: for tensor in tensors: ...``."""
         portal = self._active()
         stream = self._loader.tensors(path, ahead=ahead, dtype=dtype, select=select, progress=progress)
-        with portal.wrap_async_context_manager(stream):
-            yield _iterate(portal, stream)
+        left = portal.call(anyio.Event)
+        entered: Future[None] = Future()
+
+        async def hold() -> None:  # entered and left in one task
+            async with stream:
+                entered.set_result(None)
+                await left.wait()
+
+        task = _Task(portal, hold)
+        with task.interruptible():
+            wait((entered, task.future), return_when=FIRST_COMPLETED)
+        try:
+            if entered.done():
+                yield _iterate(portal, stream)
+                portal.call(left.set)
+            with task.interruptible():
+                task.future.result()
+        except BaseException:
+            task.cancel()
+            raise
 
 
 def _iterate(portal: BlockingPortal, stream: _loader.TensorStream) -> Iterator[Tensor]:
@@ -120,20 +140,39 @@ def _portal() -> AbstractContextManager[BlockingPortal]:
 
 def _call(portal: BlockingPortal, function: Callable[[], Awaitable[T]]) -> T:
     """Runs a coroutine in the portal's loop; an interrupt cancels it and waits for its end."""
-    ended = threading.Event()
+    task = _Task(portal, function)
+    with task.interruptible():
+        return task.future.result()
+    raise AssertionError("the block returns or raises")
 
-    async def run() -> T:
+
+class _Task(Generic[T]):
+    """A coroutine that runs in the portal's loop."""
+
+    def __init__(self, portal: BlockingPortal, function: Callable[[], Awaitable[T]]) -> None:
+        self._ended = threading.Event()
+
+        async def run() -> T:
+            try:
+                return await function()
+            finally:
+                self._ended.set()
+
+        self.future = portal.start_task_soon(run)
+
+    def cancel(self) -> None:
+        """Cancels it and waits for its end; impatience does not make that any faster."""
+        cancelled = False
+        while not self._ended.is_set():
+            with suppress(KeyboardInterrupt):
+                cancelled = cancelled or self.future.cancel() or True
+                self._ended.wait()
+
+    @contextmanager
+    def interruptible(self) -> Generator[None]:
+        """Cancels it when the block, which waits for it, is interrupted."""
         try:
-            return await function()
-        finally:
-            ended.set()
-
-    future = portal.start_task_soon(run)
-    try:
-        return future.result()
-    except KeyboardInterrupt:
-        future.cancel()
-        while not ended.is_set():
-            with suppress(KeyboardInterrupt):  # impatience does not make it any faster
-                ended.wait()
-        raise
+            yield
+        except KeyboardInterrupt:
+            self.cancel()
+            raise

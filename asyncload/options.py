@@ -13,8 +13,8 @@ from asyncload.errors import OptionsError
 __all__ = ["Options", "format_size", "parse_size"]
 
 _PREFIX: Final = "ASYNCLOAD_"
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
-_POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
+_POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _MIB: Final = 1 << 20
 
 
@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is no size: write bytes, or a number with a unit such as 64MiB")
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit and unit.lower()])
 
 
 def format_size(nbytes: float) -> str:
@@ -72,8 +72,10 @@ class Options:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise OptionsError(f"{name} is {getattr(self, name)}, at least {bound} is needed", option=name)
-        if self.retry_delay < 0:
-            raise OptionsError(f"retry_delay is {self.retry_delay}, it cannot be negative", option="retry_delay")
+        if not 0 <= self.retry_delay < float("inf"):
+            raise OptionsError(
+                f"retry_delay is {self.retry_delay}, it must be a number of seconds", option="retry_delay"
+            )
         if self.chunk_size % 4096:
             raise OptionsError(f"chunk_size is {self.chunk_size}, no multiple of 4096", option="chunk_size")
         if self.staging < 2 * self.chunk_size:
@@ -106,7 +108,7 @@ class Options:
                 continue
             try:
                 values[option.name] = readers.get(option.name, int)(text)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise OptionsError(f"{_PREFIX}{option.name.upper()}={text!r}: {error}", option=option.name) from error
         return cls(**values)
 

@@ -40,46 +40,39 @@ class LoopHandle:
 
 
 async def settle(event: anyio.Event) -> None:
-    """Waits for ``event`` however often the caller is cancelled.
-
-    A native asyncio cancellation is raised afterwards, one of anyio's scopes at the next checkpoint.
-    """
-    cancelled: BaseException | None = None
-    with anyio.CancelScope(shield=True):
-        while not event.is_set():
-            try:
-                await event.wait()
-            except anyio.get_cancelled_exc_class() as error:  # a native asyncio cancellation pierces the shield
-                cancelled = error
-    if cancelled is not None:
-        raise cancelled
+    """Waits for ``event`` however often the caller is cancelled, and delivers the cancellation afterwards."""
+    try:
+        await event.wait()
+    except anyio.get_cancelled_exc_class():
+        with anyio.CancelScope(shield=True):
+            while not event.is_set():
+                with suppress(anyio.get_cancelled_exc_class()):  # a native one of asyncio's pierces the shield
+                    await event.wait()
+        raise
 
 
 async def _outcome(future: Future[T]) -> T:
     """The result of a call on another thread, awaited to its end."""
     ended, loop = anyio.Event(), LoopHandle()
     future.add_done_callback(lambda _: loop.post(ended.set))
-    await settle(ended)
-    return future.result()
+    try:
+        await settle(ended)
+        return future.result()
+    finally:
+        del future  # an error that it holds refers to this frame
 
 
 class Threads:
-    """A fixed number of named threads; ``nice`` is added to their niceness, and ``setup`` runs first in each."""
+    """A fixed number of named threads; ``nice`` is added to their niceness."""
 
-    def __init__(self, count: int, name: str, *, nice: int = 0, setup: Callable[[], None] | None = None) -> None:
-        def start() -> None:
-            if nice:
-                lower_priority(nice)
-            if setup is not None:
-                setup()
-
-        self._executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=start)
+    def __init__(self, count: int, name: str, *, nice: int = 0) -> None:
+        self._executor = ThreadPoolExecutor(count, name, initializer=lower_priority, initargs=(nice,))
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs ``function`` on one of the threads and returns what it returns, or raises what it raises.
 
-        A cancellation is delivered once the call has ended: anyio's at the next checkpoint, a native one of asyncio's
-        here. The result is lost then, so a call that opens something puts it where its owner finds it.
+        A cancellation is delivered once the call has ended. The result is lost then, so a call that opens something
+        puts it where its owner finds it.
         """
         return await _outcome(self._executor.submit(function, *args, **kwargs))
 
@@ -100,7 +93,7 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         else:
             future.set_result(result)
 
-    thread = threading.Thread(target=call, name="asyncload-call")
+    thread = threading.Thread(target=call, name="asyncload-once")
     thread.start()
     try:
         return await _outcome(future)

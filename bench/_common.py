@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from typing import Any, Final, TypeVar
 import anyio
 
 from asyncload.cli.text import table
+from asyncload.options import Options
 from asyncload.testing import synthesize
 
 __all__ = ["make_parser", "median_seconds", "model_file", "print_table", "run_async", "write_record"]
@@ -32,7 +34,7 @@ _PACKAGES: Final = ("asyncload", "numpy", "numba", "gguf", "anyio", "uvloop", "t
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of every benchmark."""
+    """The arguments of every benchmark; the loader's options come from the environment (``ASYNCLOAD_CHUNK_SIZE``)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="toy size: shows that it works, not how fast")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures with machine, date and commit")
@@ -97,6 +99,7 @@ def write_record(path: Path | None, benchmark: str, results: Any) -> None:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "machine": _machine(),
+        "options": asdict(Options.from_env()),
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from asyncload import Loader
+from asyncload import Loader, Options
 from asyncload.device import DeviceInfo
 from bench._common import make_parser, model_file, print_table, run_async, write_record
 
@@ -59,7 +59,7 @@ async def measure(
 ) -> tuple[DeviceInfo, dict[str, Any]]:
     """Latenesses of an idle loop, then during loads as each of the dtypes."""
     results: dict[str, Any] = {}
-    async with Loader(device) as loader:
+    async with Loader(device, options=Options.from_env()) as loader:
 
         async def load(dtype: str) -> None:
             (await loader.load(file, dtype=dtype)).close()

@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace, file: Path, device: str) -> dict[str,
         info = opened.info
     finally:
         opened.close()
-    header, rows = run_async(partial(measure_loads, file, device, Options(), arguments.dtype, repeats))
+    header, rows = run_async(partial(measure_loads, file, device, Options.from_env(), arguments.dtype, repeats))
     with TemporaryDirectory(prefix="asyncload-peers-") as folder:
         for peer in peers(file, header, device, Path(folder)):
             seconds = statistics.median(peer.run() for _ in range(min(repeats, 3)))

@@ -18,7 +18,8 @@ from asyncload.threads import lower_priority
 __all__ = ["CopyEngine", "Hold", "HostEvent", "HostStream", "PassedAll"]
 
 _NICE = 10
-_PIECE = 4 << 20  # bytes that a slowed copy moves at once: it reads its source until shortly before it ends
+_PIECE = 4 << 20  # bytes moved at once: a long call would keep a core from the holder of the interpreter lock
+_NAP = 0.002  # seconds: a slowed copy moves in pieces that take as long, as it reads its source until shortly before its end
 
 
 @dataclass(eq=False, slots=True)
@@ -80,7 +81,9 @@ class CopyEngine:
             begin = max(copy.enqueued, not_before) + self.latency
             if self.bandwidth is None:
                 _sleep_until(begin)
-                ctypes.memmove(copy.target, copy.source, copy.nbytes)
+                for offset in range(0, copy.nbytes, _PIECE):
+                    size = min(_PIECE, copy.nbytes - offset)
+                    ctypes.memmove(copy.target + offset, copy.source + offset, size)
                 return begin
             # The timetable counts from when the engine was free, not from when this thread woke up for it: else each
             # copy would add the oversleep of the one before.
@@ -88,8 +91,9 @@ class CopyEngine:
             with self._lock:
                 begin = max(begin, self._busy_until)
                 self._busy_until = begin + copy.nbytes / bandwidth
-            for offset in range(0, copy.nbytes, _PIECE):
-                size = min(_PIECE, copy.nbytes - offset)
+            piece = max(_PIECE, int(bandwidth * _NAP))
+            for offset in range(0, copy.nbytes, piece):
+                size = min(piece, copy.nbytes - offset)
                 _sleep_until(begin + (offset + size) / bandwidth)
                 ctypes.memmove(copy.target + offset, copy.source + offset, size)
             return begin + copy.nbytes / bandwidth

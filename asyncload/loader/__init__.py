@@ -21,7 +21,7 @@ from asyncload.model import Model, Partial
 from asyncload.options import Options
 from asyncload.pipeline import Engine
 from asyncload.plan import DtypeSpec, Selection
-from asyncload.telemetry import ProgressCallback
+from asyncload.telemetry import ProgressCallback, ending
 from asyncload.threads import run_in_thread, settle
 
 __all__ = ["Loader", "TensorStream", "load", "read_header"]
@@ -63,7 +63,7 @@ class Loader:
         self._options = options or Options()
         self._engine: Engine | None = None
         self._closing = False
-        self._running: set[anyio.CancelScope] = set()
+        self._running: dict[anyio.CancelScope, int] = {}  # with the task that each is in
         self._idle: anyio.Event
 
     async def __aenter__(self) -> Self:
@@ -90,21 +90,19 @@ class Loader:
         await self._close()
 
     async def _close(self) -> None:
+        if anyio.get_current_task().id in self._running.values():
+            raise ClosedError("a loader cannot be closed in a task that still iterates over one of its streams")
         self._closing = True
         self._idle = anyio.Event()
-        cancelled: BaseException | None = None
-        if self._running:
-            for scope in self._running:
-                scope.cancel()
-            try:
+        try:
+            if self._running:
+                for scope in self._running:
+                    scope.cancel()
                 await settle(self._idle)
-            except anyio.get_cancelled_exc_class() as error:
-                cancelled = error
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await run_in_thread(engine.close)
-        if cancelled is not None:
-            raise cancelled
+        finally:
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                await run_in_thread(engine.close)
 
     @contextmanager
     def _load_scope(self) -> Generator[Engine]:
@@ -112,12 +110,12 @@ class Loader:
         if self._engine is None or self._closing:
             raise ClosedError("a loader is used inside its `async with` block")
         scope = anyio.CancelScope()
-        self._running.add(scope)
+        self._running[scope] = anyio.get_current_task().id
         try:
             with scope:
                 yield self._engine
         finally:
-            self._running.discard(scope)
+            del self._running[scope]
             if self._closing and not self._running:
                 self._idle.set()
         if scope.cancelled_caught:
@@ -160,7 +158,7 @@ class Loader:
         Raises ``SourceError``, ``FormatError``, ``PlanError`` (nothing has moved) and ``DeviceError``. When it raises
         or is cancelled, no copy is under way any more and device memory is as before, but for an error's ``partial``.
         """
-        with self._load_scope() as engine:
+        with ending(progress), self._load_scope() as engine:
             request = Request(path=path, dtype=dtype, select=select, into=into, progress=progress)
             return await load_model(engine, request, resume)
         raise AssertionError("the scope raises when it swallows a cancellation")

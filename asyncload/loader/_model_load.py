@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncload.errors import AsyncloadError, PlanError, SourceChangedError
 from asyncload.loader._session import Request, Session
-from asyncload.model import Model, Partial
+from asyncload.model import Model, Partial, Tensor
 from asyncload.pipeline import Engine
 
 __all__ = ["load_model"]
@@ -17,62 +17,78 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
     try:
         async with session.opened:
             await session.open()
+            arrived = _check(session, resume) if resume is not None else {}
+            await session.allocate([index for index in range(len(session.plan.tensors)) if index not in arrived])
             if resume is not None:
-                _take_over(session, resume)
-            await session.allocate(range(len(session.plan.tensors)))
+                _take_over(session, resume, arrived)
             session.begin()
             begun = True
             await session.transfer.run()
             stats = session.transfer.stats.result()
-            await engine.readers.run(session.finish)
+            await session.finish()
         session.meter.done()
-        return Model(session.tensors, header=session.opened.header, device=engine.device.info, stats=stats)
+        tensors, session.tensors = session.tensors, {}  # the model's alone from here on
+        return Model(tensors, header=session.opened.header, device=engine.device.info, stats=stats)
     except BaseException as error:
         if begun:
             session.meter.failed(error)
         resumable = begun and isinstance(error, AsyncloadError)
         try:
-            await session.discard(keep=session.landed_tensors if resumable else ())
+            await session.discard(keep_landed=resumable)
         except BaseException:  # cancelled meanwhile: then nothing stays
             await session.discard()
             raise
         if resumable and isinstance(error, AsyncloadError):
-            error.partial = _partial(session)
+            tensors, session.tensors = session.tensors, {}
+            error.partial = Partial(tensors, identity=session.opened.identity, device=engine.device.info)
             error.add_note(
-                f"{len(error.partial.names)} of {len(session.plan.tensors)} tensors had arrived; "
+                f"{len(tensors)} of {len(session.plan.tensors)} tensors had arrived; "
                 "load(..., resume=error.partial) goes on from there, error.partial.close() frees them"
             )
         raise
 
 
-def _partial(session: Session) -> Partial:
-    arrived = [session.hand_out(index) for index in sorted(session.memory)]
-    return Partial(
-        {tensor.name: tensor for tensor in arrived},
-        identity=session.opened.identity,
-        device=session.engine.device.info,
-    )
-
-
-def _take_over(session: Session, partial: Partial) -> None:
-    """Makes what has arrived before part of this load."""
+def _check(session: Session, partial: Partial) -> dict[int, Tensor]:
+    """What has arrived before and belongs to this load, by index; raises if the two do not go together."""
     if partial.identity != session.opened.identity:
         raise SourceChangedError(
             f"{session.opened.name}: not the file that the partial load read", url=session.opened.name
         )
     if partial.device != session.engine.device.info:
         raise PlanError(f"the partial load is on {partial.device.name}, not on {session.engine.device.info.name}")
-    indices = {tensor.info.name: index for index, tensor in enumerate(session.plan.tensors)}
-    for name, tensor in partial.tensors.items():
-        if name not in indices:
+    tensors = partial.tensors
+    arrived: dict[int, Tensor] = {}
+    for index, planned in enumerate(session.plan.tensors):
+        tensor = tensors.get(planned.info.name)
+        if tensor is None:
             continue
-        planned, borrowed = session.plan.tensors[indices[name]], session.memory.get(indices[name])
         if (planned.dtype, planned.shape) != (tensor.dtype, tensor.shape):
-            raise PlanError(f"{name} arrived as {tensor.dtype}, and is now asked for as {planned.dtype}")
-        if borrowed is not None and borrowed.address != tensor.address:
-            raise PlanError(f"{name} arrived elsewhere than in the buffer that is now given for it")
-    for name, tensor in partial.take().items():
-        if name in indices:
-            session.memory[indices[name]] = tensor.memory
-            session.landed_tensors.add(indices[name])
+            raise PlanError(f"{tensor.name} arrived as {tensor.dtype}, and is now asked for as {planned.dtype}")
+        borrowed = session.memory.get(index)
+        if borrowed is not None and tensor.nbytes and borrowed.address != tensor.address:
+            raise PlanError(f"{tensor.name} arrived elsewhere than in the buffer that is now given for it")
+        arrived[index] = tensor
+    _check_apart(session, arrived)
+    return arrived
+
+
+def _check_apart(session: Session, arrived: dict[int, Tensor]) -> None:
+    """A buffer that the caller gives now must not lie over a tensor that has arrived."""
+    for index, target in session.memory.items():
+        for other, tensor in arrived.items():
+            if (
+                index != other
+                and target.address < tensor.address + tensor.nbytes
+                and tensor.address < (target.address + target.nbytes)
+            ):
+                name = session.plan.tensors[index].info.name
+                raise PlanError(f"the buffer given for {name} lies over {tensor.name}, which has arrived")
+
+
+def _take_over(session: Session, partial: Partial, arrived: dict[int, Tensor]) -> None:
+    """Makes what has arrived part of this load, and frees the rest of the partial one."""
+    for index, tensor in arrived.items():
+        session.memory[index] = tensor.memory
+        session.landed_tensors.add(index)
+    for tensor in partial.take().values():
         tensor.close()

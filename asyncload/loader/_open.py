@@ -9,11 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from asyncload.errors import SourceNotFoundError
+from asyncload.errors import PlanError, SourceNotFoundError
 from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
 from asyncload.source import BlockingSource, Source, open_source
 
-__all__ = ["ModelPath", "OpenedModel"]
+__all__ = ["ModelPath", "OpenedModel", "pause"]
 
 ModelPath = str | os.PathLike[str] | Source | Sequence[Source]
 # A function that runs a blocking call on a thread, to its end.
@@ -52,13 +52,15 @@ class OpenedModel:
         ``path`` is a path, a source, or all parts' sources in order; the path may be that of any part. Raises
         ``SourceError`` and ``FormatError``; a missing part is a ``SplitError``.
         """
-        if isinstance(path, str | os.PathLike):
-            await self._run(self._open_path, os.fspath(path))
+        if isinstance(path, str | bytes | os.PathLike):
+            await self._run(self._open_path, os.fsdecode(path))
         else:
             self.sources = [path] if isinstance(path, Source) else list(path)
+            if not self.sources or not all(isinstance(source, Source) for source in self.sources):
+                raise PlanError(f"a model is a path, a source or the sources of all its parts, not {path!r}")
             headers = [await self._read_header(source) for source in self.sources]
             names = [source.url for source in self.sources]
-            self.header = await self._run(join_parts, headers, names, pause=_pause)
+            self.header = await self._run(join_parts, headers, names, pause=pause)
 
     def _open_path(self, path: str) -> None:
         source = self._open_source(path)
@@ -77,7 +79,7 @@ class OpenedModel:
             else:
                 self.sources.append(part)
                 headers.append(_read_header_blocking(part, self._parser(part)))
-        self.header = join_parts(headers, paths, pause=_pause)
+        self.header = join_parts(headers, paths, pause=pause)
 
     def _open_source(self, path: str) -> BlockingSource:
         source = open_source(path)
@@ -85,7 +87,7 @@ class OpenedModel:
         return source
 
     def _parser(self, source: Source) -> HeaderParser:
-        return HeaderParser(source.size, strict=self._strict, url=source.url, pause=_pause)
+        return HeaderParser(source.size, strict=self._strict, url=source.url, pause=pause)
 
     async def _read_header(self, source: Source) -> Header:
         parser = self._parser(source)
@@ -132,7 +134,7 @@ def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
     return min(want, source.size - offset, 16 * _READ)
 
 
-def _pause() -> None:
+def pause() -> None:
     """Lets other threads have the interpreter lock: a thread in a tight loop would keep it for 5 ms at a time.
 
     Long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the parser is often

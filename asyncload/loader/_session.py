@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from asyncload.device import DeviceMemory
-from asyncload.errors import TensorNotFoundError
-from asyncload.loader._open import ModelPath, OpenedModel
+from asyncload.errors import DeviceError, TensorNotFoundError
+from asyncload.loader._open import ModelPath, OpenedModel, pause
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
 from asyncload.pipeline import Engine, Sink, Transfer
@@ -17,6 +18,9 @@ from asyncload.quant import prepare
 from asyncload.telemetry import ProgressCallback, ProgressMeter
 
 __all__ = ["Request", "Session"]
+
+# Tensors after which a loop on a thread lets others have the interpreter lock.
+_PAUSE_EVERY: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,7 @@ class Session(Sink):
     def __init__(self, engine: Engine, request: Request) -> None:
         self.engine = engine
         self.request = request
-        self.opened = OpenedModel(engine.readers.run, strict=engine.options.strict)
+        self.opened = OpenedModel(engine.callers.run, strict=engine.options.strict)
         self.memory: dict[int, Memory] = {}  # by the tensor's index in the plan, until it is handed out
         self.landed_tensors: set[int] = set()
         self.tensors: dict[str, Tensor] = {}  # once all of them are there
@@ -48,7 +52,7 @@ class Session(Sink):
     async def open(self) -> None:
         """Opens the sources and makes the plan, its kernels and its borrowed targets; nothing has moved then."""
         await self.opened.open(self.request.path)
-        await self.engine.readers.run(self._make_plan)
+        await self.engine.callers.run(self._make_plan)
 
     def _make_plan(self) -> None:
         request = self.request
@@ -66,6 +70,7 @@ class Session(Sink):
         """Takes the caller's buffers as targets, once everything that was enqueued on them has ended."""
         indices = {tensor.info.name: index for index, tensor in enumerate(self.plan.tensors)}
         targets: dict[str, Target] = {}
+        self.engine.device.attach()
         for name, buffer in into.items():
             if name not in indices:
                 raise TensorNotFoundError(f"into has a buffer for {name!r}, which is not among the tensors", name=name)
@@ -91,7 +96,7 @@ class Session(Sink):
 
     async def allocate(self, tensors: Collection[int]) -> None:
         """Allocates device memory for those of the tensors that have none."""
-        await self.engine.readers.run(self._allocate, tensors)
+        await self.engine.callers.run(self._allocate, tensors)
 
     def _allocate(self, tensors: Collection[int]) -> None:
         for index in tensors:
@@ -112,21 +117,36 @@ class Session(Sink):
             logical_shape=tensor.info.shape,
         )
 
-    def finish(self) -> None:
-        """Makes tensors of all targets; for thousands of them that is nothing for the loop's thread."""
-        for index in range(len(self.plan.tensors)):
+    async def finish(self) -> None:
+        """Makes tensors of all targets."""
+        await self.engine.callers.run(self._hand_out_all)
+
+    def _hand_out_all(self) -> None:
+        for count, index in enumerate(sorted(self.memory)):
             tensor = self.hand_out(index)
             self.tensors[tensor.name] = tensor
+            if count % _PAUSE_EVERY == 0:
+                pause()
 
-    async def discard(self, keep: Collection[int] = ()) -> None:
-        """Frees the targets that were not handed out, but for those to keep, and waits until that is done."""
-        for tensor in self.tensors.values():
+    async def discard(self, *, keep_landed: bool = False) -> None:
+        """Frees the targets that were not handed out, and waits until that is done.
+
+        What has landed is made into tensors instead where it is to be kept. An error of the device in this is the
+        tracker's to log: what ended the load is what counts.
+        """
+        with suppress(DeviceError):
+            await self.engine.callers.run(self._discard, keep_landed)
+
+    def _discard(self, keep_landed: bool) -> None:
+        tensors, self.tensors = self.tensors, {}
+        for tensor in tensors.values():
             tensor.close()
-        for index in [index for index in self.memory if index not in keep]:
+        for index in [index for index in self.memory if not (keep_landed and index in self.landed_tensors)]:
             memory = self.memory.pop(index)
             if isinstance(memory, Allocation):
                 memory.close()
-        await self.engine.readers.run(self.engine.tracker.flush)
+        self._hand_out_all()
+        self.engine.tracker.flush()
 
     # What the transfer asks
 

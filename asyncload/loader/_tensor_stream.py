@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from asyncload.errors import ClosedError
@@ -18,6 +19,7 @@ from asyncload.loader._session import Request, Session
 from asyncload.model import Tensor
 from asyncload.pipeline import Engine
 from asyncload.plan import Chunk
+from asyncload.telemetry import ending
 
 __all__ = ["TensorStream"]
 
@@ -73,6 +75,7 @@ class TensorStream:
         self._ahead = ahead
         self._session: _Window | None = None
         self._stack = AsyncExitStack()
+        self._entered = False
         self._ended = False
         self._error: BaseException | None = None
 
@@ -83,7 +86,11 @@ class TensorStream:
 
     async def __aenter__(self) -> Self:
         """Opens the model, plans the load and begins it."""
+        if self._entered:
+            raise ClosedError("a tensor stream is entered once")
+        self._entered = True
         async with AsyncExitStack() as stack:  # what is entered first is left last
+            stack.enter_context(ending(self._request.progress))
             engine = stack.enter_context(self._scope)
             session = _Window(engine, self._request, self._ahead)
             stack.push_async_callback(session.discard)
@@ -117,11 +124,15 @@ class TensorStream:
 
     async def __anext__(self) -> Tensor:
         """Waits for the next tensor to land."""
+        await anyio.lowlevel.checkpoint()  # thousands of tensors may be ready
         session = self._active()
         while not session.ready:
             if self._error is not None:
                 error, self._error = self._error, None
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # it refers to this frame
             if self._ended:
                 raise StopAsyncIteration
             await session.changed.wait()

@@ -12,6 +12,9 @@ from asyncload.threads import Threads
 
 __all__ = ["Engine"]
 
+# Opening, planning, allocating and freeing have threads of their own, so as not to stand behind other loads' reads.
+_CALLERS = 2
+
 
 class Engine:
     """The threads, streams and memory of a loader over one device, which it closes too; opening it blocks.
@@ -29,8 +32,10 @@ class Engine:
             stack.callback(self.tracker.close)
             self.staging = StagingPool(device, options.chunk_size, options.buffers)
             stack.callback(self.staging.close)
-            self.readers = Threads(options.threads, "asyncload-reader", nice=options.nice, setup=device.attach)
+            self.readers = Threads(options.threads, "asyncload-reader", nice=options.nice)
             stack.callback(self.readers.close)
+            self.callers = Threads(_CALLERS, "asyncload-call")
+            stack.callback(self.callers.close)
             self.streams: list[StreamWorker] = []
             for index in range(options.streams):
                 stream = StreamWorker(device, index, depth=options.depth, nice=options.nice)

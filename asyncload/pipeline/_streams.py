@@ -54,11 +54,12 @@ class StreamWorker:
 
     def __init__(self, device: Device, index: int, *, depth: int, nice: int) -> None:
         self.room = anyio.Semaphore(depth, fast_acquire=True)
+        self._device = device
         self._stream = device.stream()
         self._submitted: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._enqueued: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, args=(device, nice, work), name=f"asyncload-{name}{index}", daemon=True)
+            threading.Thread(target=work, args=(nice,), name=f"asyncload-{name}{index}", daemon=True)
             for name, work in (("stream", self._enqueue), ("events", self._report))
         ]
         for thread in self._threads:
@@ -71,19 +72,14 @@ class StreamWorker:
         """
         self._submitted.put(_Batch(copies, done))
 
-    def _run(self, device: Device, nice: int, work: Callable[[], None]) -> None:
+    def _enqueue(self, nice: int) -> None:
         lower_priority(nice)
-        device.attach()
-        work()
-
-    def _enqueue(self) -> None:
         while (batch := self._submitted.get()) is not None:
             batch.begin = time.perf_counter()
             try:
+                self._device.attach()
                 for copy in batch.copies:
-                    self._stream.upload(
-                        copy.target, copy.target_offset, copy.staging, copy.staging_offset, copy.nbytes
-                    )
+                    self._stream.upload(copy.target, copy.target_offset, copy.staging, copy.staging_offset, copy.nbytes)
             except BaseException as failure:  # noqa: BLE001 - whoever waits for the copies gets it
                 batch.error = failure
             try:
@@ -91,16 +87,20 @@ class StreamWorker:
             except BaseException as failure:  # noqa: BLE001
                 batch.error = batch.error or failure
             self._enqueued.put(batch)
+            del batch  # an idle thread keeps nothing of a load alive
         self._enqueued.put(None)
 
-    def _report(self) -> None:
+    def _report(self, nice: int) -> None:
+        lower_priority(nice)
         while (batch := self._enqueued.get()) is not None:
             try:
+                self._device.attach()
                 if batch.event is not None:
                     batch.event.synchronize()
             except BaseException as failure:  # noqa: BLE001 - as above
                 batch.error = batch.error or failure
             batch.done(batch.error, batch.begin)
+            del batch
 
     def close(self) -> None:
         """Waits for all work and ends the threads and the stream; blocks."""

@@ -19,7 +19,7 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncload.device import DeviceMemory
-from asyncload.errors import AsyncloadError, CopyError, SourceError
+from asyncload.errors import AsyncloadError, CopyError, DeviceError, SourceError
 from asyncload.memory import StagingBuffer
 from asyncload.pipeline._engine import Engine
 from asyncload.pipeline._stats import Stats
@@ -95,8 +95,12 @@ class Transfer:
             await self._run_tasks()
         finally:
             await self._drain()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
 
     async def _run_tasks(self) -> None:
         if not self._tensors_left:
@@ -172,8 +176,6 @@ class Transfer:
                 return
 
     def _read_and_decode(self, source: BlockingSource, chunk: Chunk, buffer: StagingBuffer) -> None:
-        if self._finished.is_set():
-            return  # nobody wants it any more
         with self.stats.working("read", chunk.nbytes):
             source.read_into_blocking(chunk.offset, buffer.view[: chunk.nbytes])
         self._decode(chunk, buffer)
@@ -195,28 +197,34 @@ class Transfer:
     async def _consume(self, receive: MemoryObjectReceiveStream[_Filled], stream: StreamWorker) -> None:
         while True:  # until all has arrived and the group is cancelled
             filled = await receive.receive()
+            copies = self._copies(filled)
             await stream.room.acquire()
-            buffer = filled.buffer
-            copies = [
-                Copy(
-                    self._sink.target(segment.tensor),
-                    segment.target_offset,
-                    buffer.memory,
-                    buffer.offset + segment.upload_offset,
-                    segment.target_nbytes,
-                )
-                for segment in filled.chunk.segments
-                if segment.target_nbytes
-            ]
-            self._held.discard(buffer)
+            self._held.discard(filled.buffer)
             with self._lock:
                 self._on_device += 1
             stream.submit(copies, partial(self._passed, filled, stream))
 
+    def _copies(self, filled: _Filled) -> list[Copy]:
+        buffer = filled.buffer
+        return [
+            Copy(
+                self._sink.target(segment.tensor),
+                segment.target_offset,
+                buffer.memory,
+                buffer.offset + segment.upload_offset,
+                segment.target_nbytes,
+            )
+            for segment in filled.chunk.segments
+            if segment.target_nbytes
+        ]
+
     def _passed(self, filled: _Filled, stream: StreamWorker, error: BaseException | None, begin: float) -> None:
         """An event has passed; on the stream's thread."""
         self.stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes)
-        filled.buffer.release()
+        try:
+            filled.buffer.release()
+        except DeviceError as failure:
+            error = error or failure
         with self._lock:
             self._on_device -= 1
             self._arrivals.append(_Arrival(filled.chunk, stream, error))
@@ -237,7 +245,7 @@ class Transfer:
             else:
                 try:
                     self._arrived(arrival.chunk)
-                except Exception as error:  # noqa: BLE001 - the sink's, a callback's for example
+                except BaseException as error:  # noqa: BLE001 - a callback's for example: it comes out of run
                     self._fail(error)
         if not self._on_device:
             self._drained.set()

@@ -100,9 +100,11 @@ def _wanted_dtypes(header: Header, spec: DtypeSpec) -> dict[str, DType | None]:
     return {name: wanted.get(name) for name in header.tensors}
 
 
-def _parse(text: str) -> DType | None:
+def _parse(text: object) -> DType | None:
     if text == PACKED:
         return None
+    if not isinstance(text, str):
+        raise OptionsError(f"a dtype is named by a string such as 'bfloat16', not {text!r}", option="dtype")
     dtype = DType.parse(text)
     if dtype not in _DECODED:
         raise OptionsError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from asyncload.errors import TensorNotFoundError
+from asyncload.errors import PlanError, TensorNotFoundError
 from asyncload.gguf import Header, TensorInfo
 
 __all__ = ["Selection", "match_names", "select_tensors"]
@@ -33,6 +33,8 @@ def select_tensors(header: Header, selection: Selection = None) -> list[TensorIn
     """
     if selection is None:
         return list(header.tensors.values())
+    if not isinstance(selection, str | int | Iterable):
+        raise PlanError(f"a selection is made of names, globs and layer numbers, not {selection!r}")
     items = [selection] if isinstance(selection, str | int) else list(selection)
     chosen: set[str] = set()
     for item in items:

@@ -24,6 +24,11 @@ _PASSING: Final = frozenset(
 )
 
 
+# A read waits for the interpreter lock when it ends. Where there are more threads than cores, the lock's holder may wait
+# meanwhile for the core that the read is on, and everybody for the holder: so no read is long.
+_PIECE: Final = 4 << 20
+
+
 class FileSource:
     """A regular file, held open by its descriptor; its identity is device, inode, size and modification time.
 
@@ -31,7 +36,7 @@ class FileSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.fspath(path)
+        self._path = os.fsdecode(path)
         self._fd = -1
         try:
             # a FIFO would hold its opener until somebody writes to it
@@ -68,7 +73,7 @@ class FileSource:
         done = 0
         try:
             while done < buffer.nbytes:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                count = os.preadv(self._fd, [buffer[done : done + _PIECE]], offset + done)
                 if count == 0:
                     self._check_unchanged()
                     raise SourceReadError(
@@ -99,8 +104,10 @@ class FileSource:
         """Both what is open and what now stands at the path: a file replaced by another shows only there."""
         try:
             same = _identity(os.fstat(self._fd)) == self._identity == _identity(Path(self._path).stat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             same = False
+        except OSError as error:
+            raise self._error(error, None) from error
         if not same:
             raise SourceChangedError(f"{self._path}: the file changed while it was being loaded", url=self._path)
 

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Final
 
 from asyncload.source._contract import check_read
+from asyncload.threads import run_in_thread
 
 __all__ = ["MemorySource"]
 
@@ -43,8 +44,8 @@ class MemorySource:
             buffer[start:end] = self._data[offset + start : offset + end]
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from byte ``offset`` on."""
-        self.read_into_blocking(offset, buffer)
+        """``read_into_blocking`` on a thread of its own."""
+        await run_in_thread(self.read_into_blocking, offset, buffer)
 
     def close(self) -> None:
         """Does nothing: the caller owns the buffer."""

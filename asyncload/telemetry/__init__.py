@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Final
 
 from asyncload.errors import AsyncloadError
 from asyncload.events import Progress, ProgressStream, Stage
 from asyncload.options import format_size
 
-__all__ = ["ProgressCallback", "ProgressMeter"]
+__all__ = ["ProgressCallback", "ProgressMeter", "ending"]
 
 ProgressCallback = Callable[[Progress], object] | ProgressStream
 
 _log: Final = logging.getLogger("asyncload.load")
 _LONG: Final = 1_000_000_000  # bytes from which on each tenth is logged
+
+
+@contextmanager
+def ending(callback: ProgressCallback | None) -> Generator[None]:
+    """Ends the iteration over a ``ProgressStream`` when the block raises, however early."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(callback, ProgressStream):
+            callback.close()
+        raise
 
 
 class ProgressMeter:
@@ -56,7 +68,8 @@ class ProgressMeter:
     def chunk(self, nbytes: int) -> None:
         """That many bytes more have arrived."""
         self._bytes_done += nbytes
-        self._report("load")
+        if (self._bytes_done, self._tensors_done) != (self._bytes_total, self._tensors_total):
+            self._report("load")  # the one that completes the load is reported as its end
         tenth = 10 * self._bytes_done // self._bytes_total if self._bytes_total else 0
         if self._bytes_total > _LONG and self._tenth < tenth < 10:  # noqa: PLR2004 - the last tenth is the end
             self._tenth = tenth
@@ -80,8 +93,6 @@ class ProgressMeter:
             elapsed,
             type(error).__name__,
         )
-        if isinstance(self._callback, ProgressStream):
-            self._callback.close()
 
     def _report(self, stage: Stage) -> None:
         if self._callback is not None:

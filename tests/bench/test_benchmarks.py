@@ -21,7 +21,7 @@ def run(name: str, folder: Path, *arguments: str) -> Any:
     assert main(["--quick", "--device", "host", "--json", str(target), *arguments]) == 0
     record = json.loads(target.read_text())
     assert record["benchmark"] == name
-    assert set(record) == {"benchmark", "command", "date", "commit", "dirty", "machine", "results"}
+    assert set(record) == {"benchmark", "command", "date", "commit", "dirty", "machine", "options", "results"}
     assert record["machine"]["cores"] >= 1
     assert "asyncload" in record["machine"]["packages"] or "numpy" in record["machine"]["packages"]
     return record["results"]
