@@ -93,12 +93,12 @@ class StreamWorker:
     def _report(self, nice: int) -> None:
         lower_priority(nice)
         while (batch := self._enqueued.get()) is not None:
-            try:
-                self._device.attach()
-                if batch.event is not None:
-                    batch.event.synchronize()
-            except BaseException as failure:  # noqa: BLE001 - as above
-                batch.error = batch.error or failure
+            for step in (self._device.attach, batch.event.synchronize if batch.event is not None else None):
+                try:
+                    if step is not None:
+                        step()
+                except BaseException as failure:  # noqa: BLE001 - as above; the event is waited for all the same
+                    batch.error = batch.error or failure
             batch.done(batch.error, batch.begin)
             del batch
 

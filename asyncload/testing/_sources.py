@@ -125,5 +125,8 @@ class FaultySource(_Delayed):
             number, self.reads = self.reads, self.reads + 1
         if number in self._faults:
             error = self._faults[number]()
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
         return 0.0

@@ -43,7 +43,14 @@ async def _nothing_left(loader: Loader) -> AsyncGenerator[None]:
     assert engine.staging.free == before[1] == engine.options.buffers
     assert _descriptors() == before[2]
     assert device.info.total_bytes - device.memory().free == used
-    allowed = ("asyncload-reader", "asyncload-call", "asyncload-stream", "asyncload-events", "asyncload-reclaim", "asyncload-host")
+    allowed = (
+        "asyncload-reader",
+        "asyncload-call",
+        "asyncload-stream",
+        "asyncload-events",
+        "asyncload-reclaim",
+        "asyncload-host",
+    )
     assert all(name.startswith(allowed) for name in _threads()), _threads()
 
 

@@ -22,7 +22,8 @@ DATA = bytes(range(256)) * 100
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    path = tmp_path / "data"
+    path = tmp_path / "folder" / "data"
+    path.parent.mkdir()
     path.write_bytes(DATA)
     return path
 
@@ -81,7 +82,7 @@ class TestAFile:
         assert bytes(buffer) == DATA[7 : 7 + 1234]
         source.close()
 
-    @pytest.mark.parametrize("change", ["grown", "truncated", "touched", "replaced", "removed"])
+    @pytest.mark.parametrize("change", ["grown", "truncated", "touched", "replaced", "removed", "without its folder"])
     def test_one_that_changes_is_noticed(self, path: Path, change: str) -> None:
         source = open_source(path)
         match change:
@@ -95,8 +96,11 @@ class TestAFile:
                 other = path.with_name("other")
                 other.write_bytes(DATA)
                 other.rename(path)
-            case _:
+            case "removed":
                 path.unlink()
+            case _:
+                path.parent.rename(path.parent.with_name("away"))
+                path.parent.write_bytes(b"")
         with pytest.raises(SourceChangedError, match="changed while it was being loaded"):
             source.read_into_blocking(0, memoryview(bytearray(100)))
         source.close()
