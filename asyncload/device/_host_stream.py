@@ -18,8 +18,8 @@ from asyncload.threads import lower_priority
 __all__ = ["CopyEngine", "Hold", "HostEvent", "HostStream", "PassedAll"]
 
 _NICE = 10
-_PIECE = 4 << 20  # bytes moved at once: a long call would keep a core from the holder of the interpreter lock
-_NAP = 0.002  # seconds: a slowed copy moves in pieces that take as long, as it reads its source until shortly before its end
+_PIECE = 4 << 20  # bytes moved at once: of more, the C library copies in another way, and sizes could not be compared
+_NAP = 0.002  # seconds that a piece of a slowed copy takes: it reads its source until shortly before its end
 
 
 @dataclass(eq=False, slots=True)

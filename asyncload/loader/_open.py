@@ -56,7 +56,7 @@ class OpenedModel:
             await self._run(self._open_path, os.fsdecode(path))
         else:
             self.sources = [path] if isinstance(path, Source) else list(path)
-            if not self.sources or not all(isinstance(source, Source) for source in self.sources):
+            if not self.sources:
                 raise PlanError(f"a model is a path, a source or the sources of all its parts, not {path!r}")
             headers = [await self._read_header(source) for source in self.sources]
             names = [source.url for source in self.sources]

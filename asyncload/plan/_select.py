@@ -33,9 +33,10 @@ def select_tensors(header: Header, selection: Selection = None) -> list[TensorIn
     """
     if selection is None:
         return list(header.tensors.values())
-    if not isinstance(selection, str | int | Iterable):
-        raise PlanError(f"a selection is made of names, globs and layer numbers, not {selection!r}")
-    items = [selection] if isinstance(selection, str | int) else list(selection)
+    try:
+        items = [selection] if isinstance(selection, str | int) else list(selection)
+    except TypeError as error:
+        raise PlanError(f"a selection is made of names, globs and layer numbers, not {selection!r}") from error
     chosen: set[str] = set()
     for item in items:
         if isinstance(item, str):

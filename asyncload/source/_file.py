@@ -24,11 +24,6 @@ _PASSING: Final = frozenset(
 )
 
 
-# A read waits for the interpreter lock when it ends. Where there are more threads than cores, the lock's holder may wait
-# meanwhile for the core that the read is on, and everybody for the holder: so no read is long.
-_PIECE: Final = 4 << 20
-
-
 class FileSource:
     """A regular file, held open by its descriptor; its identity is device, inode, size and modification time.
 
@@ -73,7 +68,7 @@ class FileSource:
         done = 0
         try:
             while done < buffer.nbytes:
-                count = os.preadv(self._fd, [buffer[done : done + _PIECE]], offset + done)
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
                 if count == 0:
                     self._check_unchanged()
                     raise SourceReadError(

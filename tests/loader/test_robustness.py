@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,9 @@ async def test_a_dropped_error_frees_its_partial_without_the_collector(model_pat
     async with Loader("host", options=SMALL) as loader:
         with without_collector():
             source = FaultySource(open_source(model_path), {10: lambda: SourceReadError("broken", url="x")})
-            try:
+            with suppress(SourceReadError):
                 await loader.load(source)
-            except SourceReadError as error:
-                assert error.partial is not None
-                assert error.partial.nbytes > 0
+            assert source.reads > 10
             await run_in_thread(loader.tracker.flush)
             assert loader.tracker.total == 0
 
@@ -128,7 +126,7 @@ async def test_the_iteration_over_progress_ends_however_early_the_load_fails(mod
 class TestAFailingFree:
     class Sticky(HostDevice):
         def free(self, memory: DeviceMemory) -> None:
-            raise DeviceError("sticky", device="host")
+            raise DeviceError(f"sticky: {memory}", device="host")
 
     async def test_it_does_not_stand_before_what_ended_the_load(self, model_path: Path) -> None:
         device = self.Sticky()
@@ -178,7 +176,7 @@ class TestResuming:
                 missing = next(info for info in stream.header.tensors.values() if info.name not in partial.names)
             over = arrived.numpy().reshape(-1).view(np.uint8)[: missing.nbytes]
             if over.nbytes == missing.nbytes:
-                with pytest.raises(PlanError, match="lies over|cannot be filled|tensor is"):
+                with pytest.raises(PlanError, match=r"lies over|cannot be filled|tensor is"):
                     await loader.load(source, into={missing.name: over}, resume=partial)
             partial.close()
 
