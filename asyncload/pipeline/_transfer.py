@@ -68,7 +68,9 @@ class Transfer:
     def __init__(
         self, engine: Engine, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
     ) -> None:
-        self._engine, self._plan, self._sources, self._sink = engine, plan, sources, sink
+        self._engine, self._plan, self._sink = engine, plan, sink
+        # asked once: isinstance of a protocol looks at all of its members
+        self._sources = [(source, source if isinstance(source, BlockingSource) else None) for source in sources]
         self.stats = Stats(engine.options)
         self._chunks: Iterator[Chunk] = plan.chunks(skip)
         self._group = -1
@@ -154,15 +156,15 @@ class Transfer:
                 buffer = await self._share.acquire()
                 self._held.add(buffer)
             await self._fill(chunk, buffer)
-            await send.send(_Filled(chunk, buffer))
+            send.send_nowait(_Filled(chunk, buffer))  # there is room for as many as there are buffers
 
     async def _fill(self, chunk: Chunk, buffer: StagingBuffer) -> None:
-        source, options = self._sources[chunk.part], self._engine.options
+        (source, blocking), options = self._sources[chunk.part], self._engine.options
         check_read(source, chunk.offset, chunk.nbytes)
         for attempt in range(options.retries + 1):
             try:
-                if isinstance(source, BlockingSource):
-                    await self._engine.readers.run(self._read_and_decode, source, chunk, buffer)
+                if blocking is not None:
+                    await self._engine.readers.run(self._read_and_decode, blocking, chunk, buffer)
                 else:
                     with self.stats.working("read", chunk.nbytes):
                         await source.read_into(chunk.offset, buffer.view[: chunk.nbytes])

@@ -1,0 +1,86 @@
+"""Blocks to numbers on a CUDA device: one CUDA C++ kernel for each ggml type and dtype, compiled when a load needs it.
+
+Importing this costs nothing: ``cuda.core`` and the ``gguf`` package, which has the grids of the IQ types, come with
+``compile_kernels``. The kernels need no CUDA headers, and compiling them needs neither a device nor a driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from asyncload.errors import UnsupportedQuantError
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, native_dtype
+
+__all__ = ["CUDA_DECODED", "can_decode", "compile_kernels", "kernel_name", "launch", "load_kernel", "source"]
+
+_FAMILIES: Final[Mapping[str, str]] = {
+    "floats": "F64 F32 F16 BF16",
+    "legacy": "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0",
+    "kquants": "Q2_K Q3_K Q4_K Q5_K Q6_K",
+    "iquants": "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS",
+    "ternary": "TQ1_0 TQ2_0 Q1_0 Q2_0",
+    "fp4": "MXFP4 NVFP4",
+}
+_FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
+
+#: Which file beside this one has a type's kernels.
+CUDA_DECODED: Final[Mapping[GGMLType, str]] = MappingProxyType(
+    {GGMLType[name]: family for family, names in _FAMILIES.items() for name in names.split()}
+)
+
+
+def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002 - the field's name
+    """Whether there is a kernel for a pair; there is none that would only copy."""
+    return type in CUDA_DECODED and dtype in _FLOATS and native_dtype(type) is not dtype
+
+
+def kernel_name(type: GGMLType, dtype: DType) -> str:  # noqa: A002
+    """The name of a pair's kernel in the program; raises ``UnsupportedQuantError`` where there is none."""
+    if not can_decode(type, dtype):
+        raise UnsupportedQuantError(
+            f"{type.name} cannot be decoded to {dtype} on a CUDA device", tensor="", type=type.name, dtype=str(dtype)
+        )
+    return f"decode_{type.name}_{dtype}"
+
+
+def source(pairs: Collection[tuple[GGMLType, DType]]) -> str:
+    """The CUDA C++ program with the kernels of these pairs, the same for the same set of them; needs no CUDA.
+
+    Raises ``UnsupportedQuantError`` for a pair that has no kernel.
+    """
+    from asyncload.quant.cuda._source import assemble
+
+    return assemble(pairs)
+
+
+def compile_kernels(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> Any:
+    """Compiles the kernels of these pairs for an architecture such as ``"sm_90"``, or finds them in the cache on disk.
+
+    Returns the ``cuda.core.ObjectCode`` of a cubin. Blocks for up to some seconds, without the interpreter lock while
+    the compiler runs. The cache is ``cuda.core``'s, in the user's cache folder; where that cannot be used, the logger
+    ``asyncload.quant`` says so. Raises ``UnsupportedQuantError`` for a pair that has no kernel, and
+    ``BackendUnavailableError`` where NVRTC is missing or does not know the architecture.
+    """
+    from asyncload.quant.cuda._program import compile_program
+
+    return compile_program(arch, pairs)
+
+
+def load_kernel(code: Any, type: GGMLType, dtype: DType) -> Any:  # noqa: A002
+    """Loads a pair's kernel from what ``compile_kernels`` returned into the calling thread's current context."""
+    from asyncload.quant.cuda._program import Kernel
+
+    return Kernel(code, type, dtype)
+
+
+def launch(kernel: Any, stream: Any, source_address: int, target_address: int, n_blocks: int) -> None:
+    """Enqueues the decoding of ``n_blocks`` blocks (weights, where the type has no blocks) on a stream.
+
+    ``stream`` is any object with ``__cuda_stream__``, of the current context. The source may have any address; the
+    aligned words of four bytes around its ends are read whole. The target's address is a multiple of 16, or, where the
+    type has no blocks, of the weight's size; otherwise ``ValueError`` is raised. Nothing outside the target is written.
+    """
+    kernel.launch(stream, source_address, target_address, n_blocks)

@@ -1,0 +1,75 @@
+"""Compiling, through ``cuda.core`` and its cache of programs, and launching."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection
+from importlib import import_module
+from typing import Any, Final
+
+from asyncload.errors import BackendUnavailableError
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType
+from asyncload.quant.cuda import kernel_name
+from asyncload.quant.cuda._source import assemble
+
+__all__ = ["Kernel", "compile_program"]
+
+_log: Final = logging.getLogger("asyncload.quant")
+_THREADS: Final = 256  # of a block of threads, as the kernels are bounded to
+_SPAN: Final = 8192  # weights that a block of threads decodes
+_GRID_SPAN: Final = 16384  # the same where it has to fetch a grid of up to 8 KiB before
+_ALIGNMENT: Final = 16  # bytes: of stores
+
+
+def compile_program(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> Any:
+    """Compiles; see ``asyncload.quant.cuda.compile_kernels``."""
+    text = assemble(pairs)
+    try:
+        core: Any = import_module("cuda.core")
+        # Products that are not exact are rounded before the sum, as ggml does; the exact ones name their fused sums.
+        options = core.ProgramOptions(std="c++17", arch=arch, fma=False)
+        cache = _open_cache()
+        try:
+            return core.Program(text, "c++", options).compile("cubin", **({} if cache is None else {"cache": cache}))
+        except OSError as error:  # from the cache: the compiler touches no file
+            _log.warning("compiled CUDA kernels cannot be kept: %s", error)
+            return core.Program(text, "c++", options).compile("cubin")
+    except Exception as error:
+        message = f"the decoding kernels cannot be compiled for {arch}: {error}"
+        raise BackendUnavailableError(message, device="cuda") from error
+
+
+def _open_cache() -> Any:
+    """``cuda.core``'s cache on disk, or None where there is no folder for it, no home, or a version without it."""
+    try:
+        return import_module("cuda.core.utils").FileStreamProgramCache()
+    except (OSError, RuntimeError, AttributeError) as error:
+        _log.warning("compiled CUDA kernels cannot be kept: %s", error)
+        return None
+
+
+class Kernel:
+    """A pair's kernel, loaded into a context; ``span`` is how many weights a block of threads decodes."""
+
+    def __init__(self, code: Any, type: GGMLType, dtype: DType) -> None:  # noqa: A002 - the field's name
+        self._core: Any = import_module("cuda.core")
+        self._kernel = code.get_kernel(kernel_name(type, dtype))
+        self._block_size = type.block_size
+        self.span = _GRID_SPAN if type.name.startswith(("IQ1", "IQ2", "IQ3")) else _SPAN
+        self._alignment = _ALIGNMENT if type.quantized else dtype.itemsize
+
+    @property
+    def registers(self) -> int:
+        """How many registers a thread takes."""
+        return int(self._kernel.attributes.num_regs)
+
+    def launch(self, stream: Any, source_address: int, target_address: int, n_blocks: int) -> None:
+        """Launches; see ``asyncload.quant.cuda.launch``."""
+        if target_address % self._alignment:
+            raise ValueError(f"the target's address {target_address:#x} is no multiple of {self._alignment}")
+        if n_blocks:
+            grid = math.ceil(n_blocks * self._block_size / self.span)
+            config = self._core.LaunchConfig(grid=grid, block=_THREADS)
+            self._core.launch(stream, config, self._kernel, source_address, target_address, n_blocks)
