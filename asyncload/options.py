@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, Literal
 
 from asyncload.errors import OptionsError
 
@@ -15,7 +15,10 @@ __all__ = ["Options", "format_size", "parse_size"]
 _PREFIX: Final = "ASYNCLOAD_"
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 _POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_MIB: Final = 1 << 20
+# Measured: docs/design/0003-chunk-size-threads-depth.md.
+_CHUNK_SIZES: Final = {"cuda": 16 << 20, "host": 8 << 20}
+_BUFFERS: Final = 16
+_MOST_STAGING: Final = 480 << 20
 
 
 def parse_size(text: str) -> int:
@@ -48,16 +51,18 @@ def _default_threads() -> int:
 class Options:
     """How a loader works; every field has a default that suits a machine with one GPU.
 
-    ``chunk_size`` (bytes) is the most that one staging buffer takes; ``staging`` (bytes) the budget of all of them,
-    read scratch included; ``threads`` the reading and decoding threads; ``streams`` the device streams;
+    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits the device: 16 MiB for CUDA,
+    8 MiB for the host, where reading, decoding and copying share the processor with the event loop. ``staging``
+    (bytes) is the budget of all of them, read scratch included, 0 for 16 chunks and 480 MiB at most;
+    ``threads`` the reading and decoding threads; ``streams`` the device streams;
     ``depth`` the chunks that may be under way on one stream; ``retries`` how often a read that failed for a passing
     reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
     ``nice`` what the worker threads add to the process's niceness, so that an event loop on the same cores runs first;
     ``strict`` holds files to what ggml itself accepts. Raises ``OptionsError`` for a value that cannot be used.
     """
 
-    chunk_size: int = 16 * _MIB
-    staging: int = 256 * _MIB
+    chunk_size: int = 0
+    staging: int = 0
     threads: int = field(default_factory=_default_threads)
     streams: int = 2
     depth: int = 2
@@ -69,6 +74,8 @@ class Options:
     def __post_init__(self) -> None:
         """Checks every field."""
         least = {"chunk_size": 64 << 10, "threads": 1, "streams": 1, "depth": 1, "retries": 0, "nice": 0}
+        if self.chunk_size == 0:
+            del least["chunk_size"]
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise OptionsError(f"{name} is {getattr(self, name)}, at least {bound} is needed", option=name)
@@ -78,15 +85,21 @@ class Options:
             )
         if self.chunk_size % 4096:
             raise OptionsError(f"chunk_size is {self.chunk_size}, no multiple of 4096", option="chunk_size")
-        if self.staging < 2 * self.chunk_size:
+        if self.staging < 2 * self.chunk_size and self.staging != 0:
             raise OptionsError(
                 f"staging is {self.staging}, it must hold two chunks of {self.chunk_size} bytes", option="staging"
             )
 
+    def suited_to(self, kind: Literal["cuda", "host"]) -> Options:
+        """The same options with the sizes that suit a kind of device where they were left open."""
+        chunk_size = self.chunk_size or _CHUNK_SIZES[kind]
+        staging = self.staging or max(min(_BUFFERS * chunk_size, _MOST_STAGING), 2 * chunk_size)
+        return replace(self, chunk_size=chunk_size, staging=staging)
+
     @property
     def buffers(self) -> int:
-        """How many staging buffers the budget gives."""
-        return self.staging // self.chunk_size
+        """How many staging buffers the budget gives, once both sizes stand."""
+        return self.staging // self.chunk_size if self.chunk_size else 0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:

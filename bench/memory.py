@@ -36,7 +36,7 @@ async def child(file: str, device: str) -> dict[str, Any]:
     imported = resident("VmRSS")
     opened = await anyio.to_thread.run_sync(open_device, device)
     before = resident("VmRSS")
-    options = Options.from_env()
+    options = Options.from_env().suited_to(opened.info.kind)
     async with Loader(device, options=options) as loader:
         entered = resident("VmRSS")
         with await loader.load(file, dtype="packed") as model:

@@ -5,8 +5,9 @@ equally long and a load in which they do not overlap takes twice the time. "Deco
 with all threads and copies nothing; "copy alone" copies as many bytes through that device and decodes nothing. The
 targets are the caller's and touched before, as fresh memory costs more than either half.
 
-A copy takes its time and, like that of a GPU's copy engine, none of the processor's: with ``--real-copies`` the
-processor copies, which on a machine of few cores measures the cores and not the pipeline.
+Chunks are of 32 MiB unless ``ASYNCLOAD_CHUNK_SIZE`` says otherwise. A copy takes its time and, like that of a GPU's
+copy engine, none of the processor's: with ``--real-copies`` the processor copies, which on a machine of few cores
+measures the cores and not the pipeline.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from bench._common import make_parser, model_file, print_table, run_async, write
 from bench.chunks import copy
 
 _DTYPE = "bf16"
+# Where all cores decode, what the pipeline itself takes of them counts, and it takes that for each chunk.
+_CHUNK_SIZE = 32 << 20
 
 
 def decode_alone(file: Path, plan: LoadPlan, options: Options) -> float:
@@ -115,6 +118,7 @@ def _move_nothing(target: int, source: int, nbytes: int) -> int:
 
 def _measure(file: Path, rounds: int) -> dict[str, Any]:
     options = Options.from_env()
+    options = replace(options, chunk_size=options.chunk_size or _CHUNK_SIZE).suited_to("host")
     ways = {
         "pipelined": options,
         "one thread": replace(options, threads=1),

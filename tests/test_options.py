@@ -35,9 +35,9 @@ def test_sizes_are_written_for_people() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"chunk_size": 0},
+        {"chunk_size": 1},
         {"chunk_size": (1 << 20) + 1},
-        {"staging": 1 << 20},
+        {"chunk_size": 1 << 20, "staging": 1 << 20},
         {"threads": 0},
         {"streams": 0},
         {"depth": 0},
@@ -49,12 +49,22 @@ def test_sizes_are_written_for_people() -> None:
 def test_a_value_that_cannot_be_used_is_named(values: dict[str, Any]) -> None:
     with pytest.raises(OptionsError) as caught:
         Options(**values)
-    assert [caught.value.option] == list(values)
+    assert caught.value.option == list(values)[-1]
 
 
 def test_the_default_budget_is_at_most_512_mb() -> None:
-    options = Options()
-    assert options.buffers * options.chunk_size <= options.staging <= 512_000_000
+    for kind in ("cuda", "host"):
+        options = Options().suited_to(kind)
+        assert 0 < options.buffers * options.chunk_size <= options.staging <= 512_000_000
+
+
+def test_sizes_that_were_left_open_suit_the_device() -> None:
+    assert Options().suited_to("host").chunk_size < Options().suited_to("cuda").chunk_size
+    assert Options(staging=64 << 20).suited_to("cuda").buffers == 4
+    given = Options(chunk_size=1 << 20, staging=2 << 20)
+    assert given.suited_to("cuda") == given.suited_to("host") == given
+    with pytest.raises(OptionsError):
+        Options(staging=1 << 20).suited_to("cuda")
 
 
 def test_the_environment_sets_every_option() -> None:

@@ -55,8 +55,9 @@ class OpenedModel:
         if isinstance(path, str | bytes | os.PathLike):
             await self._run(self._open_path, os.fsdecode(path))
         else:
-            self.sources = [path] if isinstance(path, Source) else list(path)
-            if not self.sources:
+            given: list[object] = [path] if isinstance(path, Source) else list(path)
+            self.sources = [source for source in given if isinstance(source, Source)]
+            if not given or len(self.sources) < len(given):
                 raise PlanError(f"a model is a path, a source or the sources of all its parts, not {path!r}")
             headers = [await self._read_header(source) for source in self.sources]
             names = [source.url for source in self.sources]

@@ -24,7 +24,7 @@ class Engine:
 
     def __init__(self, device: Device, options: Options) -> None:
         self.device = device
-        self.options = options
+        self.options = options = options.suited_to(device.info.kind)
         with ExitStack() as stack:
             stack.callback(device.close)
             device.attach()

@@ -72,4 +72,5 @@ class Kernel:
         if n_blocks:
             grid = math.ceil(n_blocks * self._block_size / self.span)
             config = self._core.LaunchConfig(grid=grid, block=_THREADS)
+            stream = self._core.Stream.from_handle(stream.__cuda_stream__()[1])
             self._core.launch(stream, config, self._kernel, source_address, target_address, n_blocks)
