@@ -93,6 +93,8 @@ def test_ctrl_c_during_a_load_is_130(small_model: Path) -> None:
 import os, signal, sys
 from asyncload.cli import _load, main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
+
 class Interrupt:
     def __init__(self, stream): pass
     def __call__(self, progress): os.kill(os.getpid(), signal.SIGINT)

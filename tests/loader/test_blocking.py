@@ -59,6 +59,7 @@ def test_an_interrupt_ends_cleanly(model_path: Path) -> None:
         from asyncload import blocking
         from asyncload.device import HostDevice
         from asyncload.options import Options
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
         options = Options(chunk_size=64 << 10, staging=256 << 10, threads=2)
         device = HostDevice(bandwidth=2e6)
         def interrupt(progress):

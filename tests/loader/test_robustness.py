@@ -248,6 +248,8 @@ def test_an_interrupt_while_a_stream_is_entered_leaves_nothing(model_path: Path)
         from asyncload.source import open_source
         from asyncload.testing import LatencySource
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
+
         class Interrupting(LatencySource):
             def read_into_blocking(self, offset, buffer):
                 if not self.sent:
