@@ -6,11 +6,12 @@ ends the call under way as a cancellation does, and raises ``KeyboardInterrupt``
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import anyio
@@ -113,6 +114,7 @@ class Loader:
 
         task = _Task(portal, hold)
         with task.interruptible():
+            task.start()
             wait((entered, task.future), return_when=FIRST_COMPLETED)
         try:
             if entered.done():
@@ -142,28 +144,38 @@ def _call(portal: BlockingPortal, function: Callable[[], Awaitable[T]]) -> T:
     """Runs a coroutine in the portal's loop; an interrupt cancels it and waits for its end."""
     task = _Task(portal, function)
     with task.interruptible():
+        task.start()
         return task.future.result()
     raise AssertionError("the block returns or raises")
 
 
 class _Task(Generic[T]):
-    """A coroutine that runs in the portal's loop."""
+    """A coroutine that runs in the portal's loop once it is started."""
+
+    future: Future[T]
 
     def __init__(self, portal: BlockingPortal, function: Callable[[], Awaitable[T]]) -> None:
+        self._portal = portal
+        self._function = function
+        self._started = False
         self._ended = threading.Event()
 
-        async def run() -> T:
-            try:
-                return await function()
-            finally:
-                self._ended.set()
+    def start(self) -> None:
+        """Starts it, or is interrupted and does not: nothing in between."""
+        with _interrupt_deferred():
+            self.future = self._portal.start_task_soon(self._run)
+            self._started = True
 
-        self.future = portal.start_task_soon(run)
+    async def _run(self) -> T:
+        try:
+            return await self._function()
+        finally:
+            self._ended.set()
 
     def cancel(self) -> None:
         """Cancels it and waits for its end; impatience does not make that any faster."""
         cancelled = False
-        while not self._ended.is_set():
+        while self._started and not self._ended.is_set():
             with suppress(KeyboardInterrupt):
                 cancelled = cancelled or self.future.cancel() or True
                 self._ended.wait()
@@ -176,3 +188,20 @@ class _Task(Generic[T]):
         except KeyboardInterrupt:
             self.cancel()
             raise
+
+
+@contextmanager
+def _interrupt_deferred() -> Generator[None]:
+    """Holds an interrupt back until the block has ended; only the main thread can be interrupted."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])
