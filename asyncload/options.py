@@ -16,7 +16,7 @@ _PREFIX: Final = "ASYNCLOAD_"
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 _POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 # Measured: docs/design/0003-chunk-size-threads-depth.md.
-_CHUNK_SIZES: Final = {"cuda": 16 << 20, "host": 8 << 20}
+_CHUNK_SIZES: Final = {"cuda": 16 << 20, "host": 4 << 20}
 _BUFFERS: Final = 16
 _MOST_STAGING: Final = 480 << 20
 
@@ -52,7 +52,7 @@ class Options:
     """How a loader works; every field has a default that suits a machine with one GPU.
 
     ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits the device: 16 MiB for CUDA,
-    8 MiB for the host, where reading, decoding and copying share the processor with the event loop. ``staging``
+    4 MiB for the host, where reading, decoding and copying share the processor with the event loop. ``staging``
     (bytes) is the budget of all of them, read scratch included, 0 for 16 chunks and 480 MiB at most;
     ``threads`` the reading and decoding threads; ``streams`` the device streams;
     ``depth`` the chunks that may be under way on one stream; ``retries`` how often a read that failed for a passing

@@ -141,4 +141,4 @@ def pause() -> None:
     Long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the parser is often
     back first.
     """
-    time.sleep(5e-5)
+    time.sleep(1e-4)
