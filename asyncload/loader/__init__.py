@@ -53,8 +53,7 @@ class Loader:
     """Loads models into one device; an async context manager that owns device, staging memory, threads and streams.
 
     ``device`` is ``"cuda:N"``, ``"host"``, an opened device (which is closed with the loader), or None for the first
-    CUDA device or, where there is none, host memory. Any number of loads may run at once and share
-    the staging budget.
+    CUDA device or, where there is none, host memory. Any number of loads may run at once and share the staging budget.
     Leaving the block while loads run ends them with ``ClosedError``. It may be entered in one task and left in another.
     """
 

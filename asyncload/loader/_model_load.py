@@ -17,7 +17,7 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
     try:
         async with session.opened:
             await session.open()
-            arrived = _check(session, resume) if resume is not None else {}
+            arrived = await engine.callers.run(_check, session, resume) if resume is not None else {}
             await session.allocate([index for index in range(len(session.plan.tensors)) if index not in arrived])
             if resume is not None:
                 _take_over(session, resume, arrived)

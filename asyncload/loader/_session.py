@@ -35,7 +35,7 @@ class Request:
 
 
 class Session(Sink):
-    """What all ways to load have in common; its blocking work runs on the engine's reading threads."""
+    """What all ways to load have in common; its blocking work runs on the engine's calling threads."""
 
     plan: LoadPlan
     meter: ProgressMeter

@@ -19,7 +19,7 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncload.device import DeviceMemory
-from asyncload.errors import AsyncloadError, CopyError, DeviceError, SourceError
+from asyncload.errors import CopyError, DeviceError, SourceError
 from asyncload.memory import StagingBuffer
 from asyncload.pipeline._engine import Engine
 from asyncload.pipeline._stats import Stats
@@ -243,7 +243,8 @@ class Transfer:
                 arrival = self._arrivals.popleft()
             arrival.stream.room.release()
             if arrival.error is not None:
-                self._fail(self._copy_error(arrival))
+                self._name_tensor(arrival.error, arrival.chunk)
+                self._fail(arrival.error)
             else:
                 try:
                     self._arrived(arrival.chunk)
@@ -265,8 +266,7 @@ class Transfer:
         if not self._tensors_left:
             self._finished.set()
 
-    def _copy_error(self, arrival: _Arrival) -> BaseException:
-        error = arrival.error
+    def _name_tensor(self, error: BaseException, chunk: Chunk) -> None:
+        """Says which tensor a failed copy belonged to, the first of those that shared the chunk."""
         if isinstance(error, CopyError) and error.tensor is None:
-            error.tensor = self._plan.tensors[arrival.chunk.segments[0].tensor].info.name
-        return error if error is not None else AsyncloadError("a copy failed")
+            error.tensor = self._plan.tensors[chunk.segments[0].tensor].info.name

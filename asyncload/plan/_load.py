@@ -45,11 +45,6 @@ class LoadPlan:
     chunk_size: int
 
     @property
-    def source_nbytes(self) -> int:
-        """Bytes of the tensors in their file."""
-        return sum(tensor.info.nbytes for tensor in self.tensors)
-
-    @property
     def device_nbytes(self) -> int:
         """Bytes that the tensors take on the device."""
         return sum(tensor.nbytes for tensor in self.tensors)
