@@ -6,17 +6,20 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from asyncload.errors import OptionsError
 
-__all__ = ["Options", "format_size", "parse_size"]
+__all__ = ["DecodeOption", "DeviceKind", "Options", "format_size", "parse_size"]
+
+DecodeOption = Literal["auto", "device", "host"]
+DeviceKind = Literal["cuda", "host"]
 
 _PREFIX: Final = "ASYNCLOAD_"
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 _POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 # Measured: docs/design/0003-chunk-size-threads-depth.md.
-_CHUNK_SIZES: Final = {"cuda": 16 << 20, "host": 4 << 20}
+_CHUNK_SIZES: Final[Mapping[DeviceKind, int]] = {"cuda": 16 << 20, "host": 4 << 20}
 _BUFFERS: Final = 16
 _MOST_STAGING: Final = 480 << 20
 
@@ -54,6 +57,8 @@ class Options:
     ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits the device: 16 MiB for CUDA,
     4 MiB for the host, where reading, decoding and copying share the processor with the event loop. ``staging``
     (bytes) is the budget of all of them, read scratch included, 0 for 16 chunks and 480 MiB at most;
+    ``decode`` says where blocks become numbers: on the ``"device"``, on the ``"host"`` before they cross the bus, or
+    ``"auto"``: on a CUDA device where it has a kernel, else on the host;
     ``threads`` the reading and decoding threads; ``streams`` the device streams;
     ``depth`` the chunks that may be under way on one stream; ``retries`` how often a read that failed for a passing
     reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
@@ -63,6 +68,7 @@ class Options:
 
     chunk_size: int = 0
     staging: int = 0
+    decode: DecodeOption = "auto"
     threads: int = field(default_factory=_default_threads)
     streams: int = 2
     depth: int = 2
@@ -85,12 +91,14 @@ class Options:
             )
         if self.chunk_size % 4096:
             raise OptionsError(f"chunk_size is {self.chunk_size}, no multiple of 4096", option="chunk_size")
+        if self.decode not in get_args(DecodeOption):
+            raise OptionsError(f"decode is {self.decode!r}: use 'auto', 'device' or 'host'", option="decode")
         if self.staging < 2 * self.chunk_size and self.staging != 0:
             raise OptionsError(
                 f"staging is {self.staging}, it must hold two chunks of {self.chunk_size} bytes", option="staging"
             )
 
-    def suited_to(self, kind: Literal["cuda", "host"]) -> Options:
+    def suited_to(self, kind: DeviceKind) -> Options:
         """The same options with the sizes that suit a kind of device where they were left open."""
         chunk_size = self.chunk_size or _CHUNK_SIZES[kind]
         staging = self.staging or max(min(_BUFFERS * chunk_size, _MOST_STAGING), 2 * chunk_size)
@@ -111,6 +119,7 @@ class Options:
         readers: dict[str, Callable[[str], Any]] = {
             "chunk_size": parse_size,
             "staging": parse_size,
+            "decode": str,
             "retry_delay": float,
             "strict": _parse_bool,
         }

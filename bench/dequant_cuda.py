@@ -20,7 +20,7 @@ import numpy as np
 
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
-from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, launch, load_kernel
+from asyncload.quant.cuda import CUDA_DECODED, can_decode, prepare
 from asyncload.testing import random_blocks
 from bench._common import print_table, write_record
 
@@ -52,9 +52,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all pairs are measured with: code, targets of ``nbytes``, the rate of a copy, rounds, spans to compare."""
+    """What all pairs are measured with: kernels, targets of ``nbytes``, a copy's rate, rounds, spans to compare."""
 
-    code: Any
+    kernels: Any
     targets: Sequence[int]
     nbytes: int
     copy: float
@@ -124,14 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gpu = Gpu()
     arch = f"sm_{gpu.device.arch}"
     begin = time.perf_counter()
-    code = compile_kernels(arch, pairs)
+    kernels = prepare(arch, pairs)
     compiled = time.perf_counter() - begin
     print(f"{gpu.device.name}, {arch}: {len(pairs)} kernels, compiled or loaded in {compiled:.2f} s")
 
     nbytes = options.output << 20
     targets = [gpu.allocate(nbytes) for _ in range(_TURNS)]
     first = _copy(gpu, options.rounds)
-    setting = Setting(code, targets, nbytes, first, options.rounds, options.spans)
+    setting = Setting(kernels, targets, nbytes, first, options.rounds, options.spans)
     rows = [row for pair in pairs for row in _measure(gpu, pair, setting)]
     last = _copy(gpu, options.rounds)
     heading = (
@@ -184,11 +184,11 @@ def _measure(gpu: Gpu, pair: tuple[GGMLType, DType], setting: Setting) -> Genera
     sources = [gpu.allocate(packed) for _ in targets]
     for number, address in enumerate(sources):
         gpu.fill(address, packed, random_blocks(type_, _SAMPLE, seed=number).reshape(-1))
-    kernel = load_kernel(setting.code, *pair)
+    kernel = setting.kernels[pair]
     turns = list(zip(sources, targets, strict=True))
 
     def decode(number: int) -> None:
-        launch(kernel, gpu.stream, *turns[number % len(turns)], count)
+        kernel.launch(gpu.stream, *turns[number % len(turns)], count)
 
     for span in setting.spans or [kernel.span]:
         kernel.span = span

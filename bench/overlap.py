@@ -34,7 +34,7 @@ from asyncload import Loader, Options
 from asyncload.blocking import read_header
 from asyncload.device._host import HostDevice
 from asyncload.gguf import Header
-from asyncload.plan import Chunk, LoadPlan, plan_load
+from asyncload.plan import Chunk, Decode, LoadPlan, plan_load
 from asyncload.quant import decode, prepare
 from bench._common import make_parser, model_file, print_table, run_async, write_record
 from bench.chunks import copy
@@ -127,7 +127,7 @@ def _measure(file: Path, rounds: int) -> dict[str, Any]:
     }
     header = read_header(file)
     plan = plan_load(header, dtype=_DTYPE, chunk_size=options.chunk_size)
-    prepare([(tensor.info.type, tensor.dtype) for tensor in plan.tensors if tensor.decoded])
+    prepare(plan.kernels(Decode.HOST))
     into = targets(header)
     decode_alone(file, plan, options)
 

@@ -14,6 +14,7 @@ from asyncload.device._contract import (
     MemoryInfo,
     StagingMemory,
     Stream,
+    check_decode,
     check_download,
     check_upload,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "MemoryInfo",
     "StagingMemory",
     "Stream",
+    "check_decode",
     "check_download",
     "check_upload",
     "default_device",

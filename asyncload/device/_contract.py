@@ -6,10 +6,14 @@ an event loop's thread. A thread that uses streams calls ``Device.attach`` first
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from asyncload.errors import RangeError
+from asyncload.errors import PlanError, RangeError
+from asyncload.gguf import GGMLType
+from asyncload.options import DeviceKind
+from asyncload.quant import DType, cuda
 
 __all__ = [
     "Device",
@@ -19,6 +23,7 @@ __all__ = [
     "MemoryInfo",
     "StagingMemory",
     "Stream",
+    "check_decode",
     "check_download",
     "check_upload",
 ]
@@ -29,7 +34,7 @@ class DeviceInfo:
     """What a device is: its ``name`` as the caller writes it, its make, and its memory in bytes."""
 
     name: str
-    kind: Literal["cuda", "host"]
+    kind: DeviceKind
     index: int
     model: str
     total_bytes: int
@@ -49,6 +54,11 @@ class DeviceMemory:
 
     address: int
     nbytes: int
+
+    def part(self, offset: int, nbytes: int) -> DeviceMemory:
+        """``nbytes`` bytes from ``offset`` on; raises ``RangeError`` if they leave the range."""
+        _check_range("range", offset, nbytes, self.nbytes)
+        return DeviceMemory(self.address + offset, nbytes)
 
 
 @runtime_checkable
@@ -104,6 +114,17 @@ class Stream(Protocol):
         """
         ...
 
+    def decode(self, type: GGMLType, dtype: DType, source: DeviceMemory, target: DeviceMemory) -> None:  # noqa: A002
+        """Enqueues the decoding of the blocks of ``type`` that fill ``source`` into weights that fill ``target``.
+
+        The source's address is any; the target's a multiple of 16, or, where the type has no blocks, of the weight's
+        size. The words of four bytes around the source's ends are read whole. The pair has been given to
+        ``Device.prepare``. The caller keeps both alive until an event recorded after this has passed. Raises, before
+        anything is written, ``RangeError`` unless both hold the same number of weights in whole blocks, ``PlanError``
+        for another alignment, and ``DeviceError`` for a pair that was not prepared or if the driver refuses.
+        """
+        ...
+
     def record(self) -> Event:
         """Records and returns a new event after all work enqueued so far."""
         ...
@@ -152,6 +173,14 @@ class Device(Protocol):
         """Opens a new stream, independent of all others."""
         ...
 
+    def prepare(self, pairs: Collection[tuple[GGMLType, DType]]) -> None:
+        """Makes the kernels of these pairs ready for the streams' ``decode``; may take seconds where they are compiled.
+
+        Raises ``UnsupportedQuantError`` for a pair that has no kernel here, and ``BackendUnavailableError`` where the
+        device's compiler is missing.
+        """
+        ...
+
     def barrier(self) -> Event:
         """An event that passes once all work that anyone in this process has enqueued on the device so far has ended.
 
@@ -184,6 +213,27 @@ def check_upload(
     _check_range("staging", staging_offset, nbytes, staging.nbytes)
 
 
+def check_decode(type: GGMLType, dtype: DType, source: DeviceMemory, target: DeviceMemory) -> int:  # noqa: A002
+    """How many blocks are to be decoded.
+
+    Raises ``RangeError`` unless they fill the source and their weights the target, ``PlanError`` for a target that is
+    not aligned to what kernels store.
+    """
+    n_blocks, rest = divmod(source.nbytes, type.type_size)
+    needed = n_blocks * type.block_size * dtype.itemsize
+    if rest or needed != target.nbytes:
+        raise RangeError(
+            f"{source.nbytes} bytes of {type.name} do not decode to {target.nbytes} bytes of {dtype}",
+            offset=0,
+            nbytes=needed,
+            limit=target.nbytes,
+        )
+    alignment = cuda.ALIGNMENT if type.quantized else dtype.itemsize
+    if target.address % alignment:
+        raise PlanError(f"a device decodes {type.name} to multiples of {alignment} bytes, not to {target.address:#x}")
+    return n_blocks
+
+
 def check_download(memory: DeviceMemory, offset: int, nbytes: int) -> None:
     """Raises ``RangeError`` unless a range of ``nbytes`` bytes lies inside the memory."""
     _check_range("source", offset, nbytes, memory.nbytes)
@@ -192,7 +242,7 @@ def check_download(memory: DeviceMemory, offset: int, nbytes: int) -> None:
 def _check_range(what: str, offset: int, nbytes: int, limit: int) -> None:
     if offset < 0 or nbytes < 0 or offset + nbytes > limit:
         raise RangeError(
-            f"a copy of {nbytes} bytes at {offset} leaves its {what} of {limit} bytes",
+            f"{nbytes} bytes at {offset} leave the {what} of {limit} bytes",
             offset=offset,
             nbytes=nbytes,
             limit=limit,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -26,17 +26,21 @@ from asyncload.device._contract import (
     DeviceMemory,
     MemoryInfo,
     StagingMemory,
+    check_decode,
     check_download,
     check_upload,
 )
 from asyncload.device._pages import Pages
 from asyncload.errors import (
+    AsyncloadError,
     BackendUnavailableError,
     CopyError,
     DeviceError,
     DeviceNotFoundError,
     OutOfDeviceMemoryError,
 )
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, cuda
 
 __all__ = ["CudaDevice", "CudaEvent", "CudaStaging", "CudaStream", "cuda_device_count"]
 
@@ -86,7 +90,7 @@ def _mapping_errors(device: str, what: str, error: type[DeviceError] = DeviceErr
     """Turns whatever ``cuda.core`` raises into an error of ours."""
     try:
         yield
-    except DeviceError:
+    except AsyncloadError:
         raise
     except Exception as failure:
         name = str(failure).partition(":")[0]
@@ -163,6 +167,17 @@ class CudaStream:
                 name = self._device.info.name
                 raise CopyError(f"{name}: a copy of {nbytes} bytes: {code.name}", device=name, code=code.name)
 
+    def decode(self, type: GGMLType, dtype: DType, source: DeviceMemory, target: DeviceMemory) -> None:  # noqa: A002
+        """Launches a kernel."""
+        n_blocks = check_decode(type, dtype, source, target)
+        kernel = self._device.kernels.get((type, dtype))
+        name = self._device.info.name
+        if kernel is None:
+            raise DeviceError(f"{name}: no kernel was prepared for {type.name} to {dtype}", device=name)
+        self._usable_handle()
+        with _mapping_errors(name, f"decoding {type.name} to {dtype}"):
+            kernel.launch(self._stream, source.address, target.address, n_blocks)
+
     def __cuda_stream__(self) -> tuple[int, int]:
         """The protocol by which other libraries take a stream: its version, and the handle's address."""
         version, address = self._stream.__cuda_stream__()
@@ -223,6 +238,8 @@ class CudaDevice:
         self._context: Any = None
         self._lock = threading.Lock()
         self._allocated: dict[int, int] = {}
+        self._preparing = threading.Lock()
+        self.kernels: dict[tuple[GGMLType, DType], Any] = {}  #: that streams can launch
         with _mapping_errors(name, "the device could not be opened"):
             model = str(core.Device(index).name)
             # Without timing, which would make recording dearer; waiting threads sleep.
@@ -339,6 +356,15 @@ class CudaDevice:
         return MemoryInfo(int(free), int(total))
 
     # Work
+
+    def prepare(self, pairs: Collection[tuple[GGMLType, DType]]) -> None:
+        """Loads the kernels into the context, from the cache on disk where they have been compiled before."""
+        device = self._attached()
+        with self._preparing:
+            missing = [pair for pair in dict.fromkeys(pairs) if pair not in self.kernels]
+            if missing:
+                with _mapping_errors(self._name, "the decoding kernels could not be loaded"):
+                    self.kernels.update(cuda.prepare(f"sm_{device.arch}", missing))
 
     def stream(self) -> CudaStream:
         """Creates a non-blocking stream."""

@@ -12,12 +12,14 @@ import os
 import platform
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from asyncload.device._contract import DeviceInfo, DeviceMemory, MemoryInfo, check_download
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, PassedAll
 from asyncload.device._pages import Pages
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, prepare
 
 __all__ = ["HostDevice", "HostStaging"]
 
@@ -58,6 +60,7 @@ class HostDevice:
     seconds passes before each copy; both may be set later. ``total_bytes`` is how much can be allocated (None: the
     machine's memory). With ``poison``, freed device memory and discarded or closed staging memory is overwritten
     with 0xA5. ``on_allocate``, which may be set later, is called with the size before each allocation and may raise.
+    Streams decode with the host's kernels.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class HostDevice:
         self._streams: set[HostStream] = set()
         self._opened = 0
         self._held: list[Hold] = []
+        self._prepared: set[tuple[GGMLType, DType]] = set()
         self._thread = threading.local()
         self.attach()
 
@@ -192,12 +196,18 @@ class HostDevice:
 
     # Work
 
+    def prepare(self, pairs: Collection[tuple[GGMLType, DType]]) -> None:
+        """Prepares the host's kernels, with which streams decode."""
+        prepare(pairs)
+        self._prepared.update(pairs)
+
     def stream(self) -> HostStream:
         """Starts a stream's thread."""
         with self._lock:
             stream = HostStream(
                 self._engine,
                 f"asyncload-host-stream{self._opened}",
+                prepared=self._prepared,
                 check_thread=self._check_thread,
                 closed=self._forget,
             )

@@ -6,13 +6,15 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
-from asyncload.device._contract import DeviceMemory, StagingMemory, check_upload
+from asyncload.device._contract import DeviceMemory, StagingMemory, check_decode, check_upload
 from asyncload.errors import CopyError, DeviceError
+from asyncload.gguf import GGMLType
+from asyncload.quant import DType, decode
 from asyncload.threads import lower_priority
 
 __all__ = ["CopyEngine", "Hold", "HostEvent", "HostStream", "PassedAll"]
@@ -23,17 +25,29 @@ _NAP = 0.002  # seconds that a piece of a slowed copy takes: it reads its source
 
 
 @dataclass(eq=False, slots=True)
-class _Copy:
-    """``nbytes`` bytes from address ``source`` to ``target``, enqueued at a moment of ``time.perf_counter``."""
+class Work:
+    """What reads and writes memory until it has ended."""
 
-    target: int
-    source: int
-    nbytes: int
+    source: DeviceMemory
+    target: DeviceMemory
+
+    def touches(self, address: int, nbytes: int) -> bool:
+        return any(
+            memory.address < address + nbytes and address < memory.address + memory.nbytes
+            for memory in (self.source, self.target)
+        )
+
+
+@dataclass(eq=False, slots=True)
+class _Copy(Work):
+    """A copy, enqueued at a moment of ``time.perf_counter``."""
+
     fails: bool
     enqueued: float = field(default_factory=time.perf_counter)
 
-    def touches(self, address: int, nbytes: int) -> bool:
-        return any(begin < address + nbytes and address < begin + self.nbytes for begin in (self.source, self.target))
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
 
 
 class CopyEngine:
@@ -48,7 +62,7 @@ class CopyEngine:
         self.bandwidth = bandwidth
         self.latency = latency
         self._lock = threading.Lock()
-        self._under_way: set[_Copy] = set()
+        self._under_way: set[Work] = set()
         self._busy_until = 0.0
         self._accepted = 0
         self._to_fail: set[int] = set()
@@ -59,17 +73,27 @@ class CopyEngine:
         with self._lock:
             (self._to_refuse if refused else self._to_fail).add(self._accepted + number)
 
-    def accept(self, target: int, source: int, nbytes: int) -> _Copy:
+    def accept(self, target: DeviceMemory, source: DeviceMemory) -> _Copy:
         """Counts a copy as under way. Raises ``CopyError`` if it is to be refused."""
         with self._lock:
             self._accepted += 1
             if self._accepted in self._to_refuse:
                 raise CopyError(
-                    f"{self.device}: a copy of {nbytes} bytes was refused, as a test asked", device=self.device
+                    f"{self.device}: a copy of {source.nbytes} bytes was refused, as a test asked", device=self.device
                 )
-            copy = _Copy(target, source, nbytes, fails=self._accepted in self._to_fail)
+            copy = _Copy(source, target, fails=self._accepted in self._to_fail)
             self._under_way.add(copy)
         return copy
+
+    def begin(self, work: Work) -> None:
+        """Counts work as under way."""
+        with self._lock:
+            self._under_way.add(work)
+
+    def end(self, work: Work) -> None:
+        """It has ended."""
+        with self._lock:
+            self._under_way.discard(work)
 
     def perform(self, copy: _Copy, not_before: float) -> float:
         """Does a copy, as slowly as it should be, and returns the moment at which it was to end; blocks."""
@@ -83,7 +107,7 @@ class CopyEngine:
                 _sleep_until(begin)
                 for offset in range(0, copy.nbytes, _PIECE):
                     size = min(_PIECE, copy.nbytes - offset)
-                    ctypes.memmove(copy.target + offset, copy.source + offset, size)
+                    ctypes.memmove(copy.target.address + offset, copy.source.address + offset, size)
                 return begin
             # The timetable counts from when the engine was free, not from when this thread woke up for it: else each
             # copy would add the oversleep of the one before.
@@ -95,18 +119,17 @@ class CopyEngine:
             for offset in range(0, copy.nbytes, piece):
                 size = min(piece, copy.nbytes - offset)
                 _sleep_until(begin + (offset + size) / bandwidth)
-                ctypes.memmove(copy.target + offset, copy.source + offset, size)
+                ctypes.memmove(copy.target.address + offset, copy.source.address + offset, size)
             return begin + copy.nbytes / bandwidth
         finally:
-            with self._lock:
-                self._under_way.discard(copy)
+            self.end(copy)
 
     def check_unused(self, what: str, address: int, nbytes: int) -> None:
         """Raises ``DeviceError`` if a copy that has not ended reads or writes the range."""
         with self._lock:
-            users = sum(copy.touches(address, nbytes) for copy in self._under_way)
+            users = sum(work.touches(address, nbytes) for work in self._under_way)
         if users:
-            raise DeviceError(f"{self.device}: {what} while {users} copies still use it", device=self.device)
+            raise DeviceError(f"{self.device}: {what} while {users} pieces of work still use it", device=self.device)
 
 
 class HostEvent:
@@ -170,6 +193,8 @@ class PassedAll:
 class HostStream:
     """A thread that does enqueued work in order; ``closed`` is told when it has ended.
 
+    It decodes the pairs that are ``prepared`` by then.
+
     A failed copy does not stop the ones after it; the next event that is recorded reports it, and no later one. The
     thread is nicer than the process's others: it stands for a copy engine, which takes no processor from anybody.
     """
@@ -179,10 +204,12 @@ class HostStream:
         engine: CopyEngine,
         name: str,
         *,
+        prepared: Collection[tuple[GGMLType, DType]],
         check_thread: Callable[[], None],
         closed: Callable[[HostStream], None],
     ) -> None:
         self._engine = engine
+        self._prepared = prepared
         self._check_thread = check_thread
         self._closed = closed
         self._open = True
@@ -200,8 +227,22 @@ class HostStream:
         self._check()
         check_upload(target, target_offset, staging, staging_offset, nbytes)
         if nbytes:
-            copy = self._engine.accept(target.address + target_offset, staging.address + staging_offset, nbytes)
+            source = DeviceMemory(staging.address + staging_offset, nbytes)
+            copy = self._engine.accept(target.part(target_offset, nbytes), source)
             self._work.put(partial(self._copy, copy))
+
+    def decode(self, type: GGMLType, dtype: DType, source: DeviceMemory, target: DeviceMemory) -> None:  # noqa: A002
+        """Enqueues the host's own kernel."""
+        self._check()
+        check_decode(type, dtype, source, target)
+        if (type, dtype) not in self._prepared:
+            raise DeviceError(
+                f"{self._engine.device}: no kernel was prepared for {type.name} to {dtype}", device=self._engine.device
+            )
+        if source.nbytes:
+            work = Work(source, target)
+            self._engine.begin(work)
+            self._work.put(partial(self._decode, type, dtype, work))
 
     def record(self) -> HostEvent:
         """Records an event."""
@@ -249,9 +290,21 @@ class HostStream:
         except DeviceError as error:
             self._error = self._error or error
 
+    def _decode(self, type: GGMLType, dtype: DType, work: Work) -> None:  # noqa: A002
+        try:
+            decode(type, dtype, _view(work.source), _view(work.target))
+        except Exception as error:  # noqa: BLE001 - the stream goes on, and the next event tells
+            self._error = self._error or DeviceError(f"{self._engine.device}: {error}", device=self._engine.device)
+        finally:
+            self._engine.end(work)
+
     def _pass(self, event: HostEvent) -> None:
         error, self._error = self._error, None
         event.finish(error)
+
+
+def _view(memory: DeviceMemory) -> memoryview:
+    return memoryview((ctypes.c_ubyte * memory.nbytes).from_address(memory.address)).cast("B")
 
 
 def _sleep_until(moment: float) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncload.device import DeviceMemory
-from asyncload.errors import DeviceError, TensorNotFoundError
+from asyncload.errors import BackendUnavailableError, DeviceError, TensorNotFoundError
 from asyncload.loader._open import ModelPath, OpenedModel, pause
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
+from asyncload.options import DecodeOption
 from asyncload.pipeline import Engine, Sink, Transfer
-from asyncload.plan import DtypeSpec, LoadPlan, Selection, plan_load
+from asyncload.plan import Decode, DtypeSpec, LoadPlan, Selection, plan_load
 from asyncload.quant import prepare
+from asyncload.quant.cuda import ALIGNMENT
 from asyncload.telemetry import ProgressCallback, ProgressMeter
 
 __all__ = ["Request", "Session"]
 
+_log: Final = logging.getLogger("asyncload.load")
 # Tensors after which a loop on a thread lets others have the interpreter lock.
 _PAUSE_EVERY: Final = 200
 
@@ -55,29 +59,44 @@ class Session(Sink):
         await self.engine.callers.run(self._make_plan)
 
     def _make_plan(self) -> None:
-        request = self.request
-        header = self.opened.header
-        self.plan = plan_load(
-            header, dtype=request.dtype, select=request.select, chunk_size=self.engine.options.chunk_size
-        )
+        into = self.request.into or {}
+        self.engine.device.attach()
+        targets = {name: borrow(buffer, tensor_name=name) for name, buffer in into.items()}
+        unaligned = {name for name, target in targets.items() if target.address % ALIGNMENT}
+        self.plan = self._plan(self.engine.options.decode, unaligned)
         self.plan.check_sources([source.size for source in self.opened.sources])
-        if kernels := {(tensor.info.type, tensor.dtype) for tensor in self.plan.tensors if tensor.decoded}:
+        try:
+            self.engine.device.prepare(self.plan.kernels(Decode.DEVICE))
+        except BackendUnavailableError as error:
+            if self.engine.options.decode != "auto":
+                raise
+            _log.warning("%s: decoding on the host: %s", self.opened.name, error)
+            self.plan = self._plan("host", unaligned)
+        if kernels := self.plan.kernels(Decode.HOST):
             prepare(kernels)
-        if request.into:
-            self._borrow(request.into)
+        if targets:
+            self._take_targets(targets)
 
-    def _borrow(self, into: Mapping[str, Any]) -> None:
+    def _plan(self, decode: DecodeOption, unaligned: Collection[str]) -> LoadPlan:
+        return plan_load(
+            self.opened.header,
+            dtype=self.request.dtype,
+            select=self.request.select,
+            chunk_size=self.engine.options.chunk_size,
+            decode=decode,
+            device=self.engine.device.info.kind,
+            unaligned=unaligned,
+        )
+
+    def _take_targets(self, targets: Mapping[str, Target]) -> None:
         """Takes the caller's buffers as targets, once everything that was enqueued on them has ended."""
         indices = {tensor.info.name: index for index, tensor in enumerate(self.plan.tensors)}
-        targets: dict[str, Target] = {}
-        self.engine.device.attach()
-        for name, buffer in into.items():
+        for name, target in targets.items():
             if name not in indices:
                 raise TensorNotFoundError(f"into has a buffer for {name!r}, which is not among the tensors", name=name)
             tensor = self.plan.tensors[indices[name]]
-            target = borrow(buffer, tensor_name=name)
             check_target(target, tensor.shape, tensor.dtype, self.engine.device.info, name)
-            self.memory[indices[name]] = targets[name] = target
+            self.memory[indices[name]] = target
         check_disjoint(targets)
         self.engine.device.barrier().synchronize()
 

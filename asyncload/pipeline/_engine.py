@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from asyncload.device import Device
-from asyncload.memory import StagingPool, VramTracker
+from asyncload.memory import Scratch, StagingPool, VramTracker
 from asyncload.options import Options
 from asyncload.pipeline._streams import StreamWorker
 from asyncload.threads import Threads
@@ -30,6 +30,7 @@ class Engine:
             device.attach()
             self.tracker = VramTracker(device)
             stack.callback(self.tracker.close)
+            self.scratch = Scratch(self.tracker, options.chunk_size, options.streams)
             self.staging = StagingPool(device, options.chunk_size, options.buffers)
             stack.callback(self.staging.close)
             self.readers = Threads(options.threads, "asyncload-reader", nice=options.nice)

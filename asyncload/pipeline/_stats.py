@@ -28,10 +28,15 @@ class StageStats:
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """What a load took: ``wall`` seconds, ``stages`` by name (read, decode, upload), bytes, and retries of reads."""
+    """What a load took: ``wall`` seconds, ``stages`` by name (read, decode, upload), bytes, and retries of reads.
+
+    ``nbytes`` are those of the tensors that landed. The stage "decode" is the host's; what the device decodes belongs
+    to "upload", as its kernels run behind the copies.
+    """
 
     wall: float
     stages: dict[str, StageStats]
+    nbytes: int
     retries: int
 
     @property
@@ -41,13 +46,13 @@ class LoadStats:
 
     @property
     def bytes_uploaded(self) -> int:
-        """Bytes that went to the device."""
+        """Bytes that crossed the bus."""
         return self.stages["upload"].nbytes
 
     @property
     def rate(self) -> float:
-        """Bytes on the device a second."""
-        return self.bytes_uploaded / self.wall if self.wall > 0 else 0.0
+        """Bytes of tensors that landed a second."""
+        return self.nbytes / self.wall if self.wall > 0 else 0.0
 
     @property
     def bottleneck(self) -> str:
@@ -68,6 +73,7 @@ class Stats:
         self._seconds = dict.fromkeys(self._workers, 0.0)
         self._nbytes = dict.fromkeys(self._workers, 0)
         self._upload_until = begin
+        self._landed = 0
         self.retries = 0
 
     @contextmanager
@@ -79,13 +85,17 @@ class Stats:
             self._seconds[stage] += time.perf_counter() - begin
             self._nbytes[stage] += nbytes
 
-    def uploaded(self, begin: float, end: float, nbytes: int) -> None:
-        """Counts a copy of ``nbytes`` that was under way from ``begin`` to ``end`` (``time.perf_counter``)."""
+    def uploaded(self, begin: float, end: float, nbytes: int, landed: int) -> None:
+        """Counts copies of ``nbytes``, which became ``landed`` bytes of tensors.
+
+        They were under way from ``begin`` to ``end`` (``time.perf_counter``).
+        """
         with self._lock:
             # copies of several streams overlap: what counts is the time in which at least one was under way
             self._seconds["upload"] += max(0.0, end - max(begin, self._upload_until))
             self._upload_until = max(self._upload_until, end)
             self._nbytes["upload"] += nbytes
+            self._landed += landed
 
     def result(self) -> LoadStats:
         """The figures until now."""
@@ -100,5 +110,6 @@ class Stats:
                     )
                     for stage, workers in self._workers.items()
                 },
+                self._landed,
                 self.retries,
             )

@@ -1,6 +1,6 @@
 """A device stream and the two threads that belong to it.
 
-One thread enqueues copies and events, the other waits for the events in their order and then reports. Neither is an
+One thread enqueues work and events, the other waits for the events in their order and then reports. Neither is an
 event loop's, as any call to a driver may block.
 """
 
@@ -9,36 +9,27 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
 
-from asyncload.device import Device, DeviceMemory, Event, StagingMemory
+from asyncload.device import Device, Event, Stream
 from asyncload.threads import lower_priority
 
-__all__ = ["Copy", "StreamWorker"]
+__all__ = ["StreamWorker"]
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One copy from staging into device memory; offsets and size in bytes."""
-
-    target: DeviceMemory
-    target_offset: int
-    staging: StagingMemory
-    staging_offset: int
-    nbytes: int
-
-
-# Called once the event behind the copies has passed, on another thread: with the error, if there was one, and with the
-# moment (``time.perf_counter``) from which on the copies were under way.
+# Enqueues a batch's copies and kernels; on the stream's thread.
+Enqueue = Callable[[Stream], None]
+# Called once the event behind a batch has passed, on another thread: with the error, if there was one, and with the
+# moment (``time.perf_counter``) from which on it was under way.
 Done = Callable[[BaseException | None, float], None]
 
 
 @dataclass(slots=True)
 class _Batch:
-    copies: Sequence[Copy]
+    enqueue: Enqueue
     done: Done
     event: Event | None = None
     error: BaseException | None = None
@@ -46,13 +37,15 @@ class _Batch:
 
 
 class StreamWorker:
-    """Runs batches of copies on one stream, in order; opening and closing it blocks.
+    """Runs batches of work on one stream, in order; opening and closing it blocks.
 
-    ``room`` is taken by whoever submits a batch and given back when it has ended: ``depth`` batches are enough for the
-    stream never to be idle, and more would only stand before those of other loads.
+    ``index`` counts the loader's streams. ``room`` is taken by whoever submits a batch and given back when it has
+    ended: ``depth`` batches are enough for the stream never to be idle, and more would only stand before those of other
+    loads.
     """
 
     def __init__(self, device: Device, index: int, *, depth: int, nice: int) -> None:
+        self.index = index
         self.room = anyio.Semaphore(depth, fast_acquire=True)
         self._device = device
         self._stream = device.stream()
@@ -65,12 +58,12 @@ class StreamWorker:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, copies: Sequence[Copy], done: Done) -> None:
-        """Has copies and an event behind them enqueued; returns at once.
+    def submit(self, enqueue: Enqueue, done: Done) -> None:
+        """Has a batch and an event behind it enqueued; returns at once.
 
-        ``done`` is called exactly once. Until then the staging memory must not change.
+        ``done`` is called exactly once. Until then the memory that the batch uses must not change.
         """
-        self._submitted.put(_Batch(copies, done))
+        self._submitted.put(_Batch(enqueue, done))
 
     def _enqueue(self, nice: int) -> None:
         lower_priority(nice)
@@ -78,12 +71,11 @@ class StreamWorker:
             batch.begin = time.perf_counter()
             try:
                 self._device.attach()
-                for copy in batch.copies:
-                    self._stream.upload(copy.target, copy.target_offset, copy.staging, copy.staging_offset, copy.nbytes)
-            except BaseException as failure:  # noqa: BLE001 - whoever waits for the copies gets it
+                batch.enqueue(self._stream)
+            except BaseException as failure:  # noqa: BLE001 - whoever waits for the batch gets it
                 batch.error = failure
             try:
-                batch.event = self._stream.record()  # also after a failure: the copies before it read the buffer
+                batch.event = self._stream.record()  # also after a failure: the work before it uses the memory
             except BaseException as failure:  # noqa: BLE001
                 batch.error = batch.error or failure
             self._enqueued.put(batch)

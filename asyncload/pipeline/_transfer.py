@@ -1,7 +1,8 @@
 """The way of a load's bytes: producers, one bounded queue, consumers, completions.
 
 Who owns a staging buffer is always plain: the transfer, from the moment it is acquired until its copies are submitted;
-the stream, until their event has passed. A task never goes on while a thread still works for it (see
+the stream, until their event has passed. What the device decodes is copied into the stream's scratch, and the kernel
+comes behind the copy. A task never goes on while a thread still works for it (see
 ``asyncload.threads``), so when all tasks have ended, what the transfer still holds is idle and goes back at once, and
 what the streams hold comes back by itself: that is the drain.
 """
@@ -18,13 +19,13 @@ from functools import partial
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from asyncload.device import DeviceMemory
+from asyncload.device import DeviceMemory, Stream
 from asyncload.errors import CopyError, DeviceError, SourceError
 from asyncload.memory import StagingBuffer
 from asyncload.pipeline._engine import Engine
 from asyncload.pipeline._stats import Stats
-from asyncload.pipeline._streams import Copy, StreamWorker
-from asyncload.plan import Chunk, LoadPlan
+from asyncload.pipeline._streams import StreamWorker
+from asyncload.plan import Chunk, Decode, LoadPlan
 from asyncload.quant import decode
 from asyncload.source import BlockingSource, Source, check_read
 from asyncload.threads import LoopHandle, settle
@@ -46,7 +47,7 @@ class Sink:
         """All bytes of a tensor are on the device."""
 
     def moved(self, nbytes: int) -> None:
-        """A chunk of that many bytes is on the device."""
+        """That many bytes more of the tensors are on the device."""
 
 
 @dataclass(slots=True)
@@ -78,6 +79,7 @@ class Transfer:
         self._missing = [tensor.nbytes for tensor in plan.tensors]
         self._tensors_left = len(plan.tensors) - len(skip)
         self._share = engine.staging.share()
+        self._scratch: Sequence[DeviceMemory] = ()  # by stream; only where the device decodes
         self._held: set[StagingBuffer] = set()  # touched on the loop only
         self._loop = LoopHandle()
         self._lock = threading.Lock()
@@ -97,6 +99,8 @@ class Transfer:
             await self._run_tasks()
         finally:
             await self._drain()
+            if self._scratch:
+                self._engine.scratch.release()
         error, self._error = self._error, None
         if error is not None:
             try:
@@ -107,6 +111,8 @@ class Transfer:
     async def _run_tasks(self) -> None:
         if not self._tensors_left:
             return
+        if self._plan.kernels(Decode.DEVICE):
+            await self._engine.callers.run(self._acquire_scratch)
         options, streams = self._engine.options, self._engine.streams
         send, receive = anyio.create_memory_object_stream[_Filled](options.buffers)
         with send, receive:
@@ -119,6 +125,9 @@ class Transfer:
                 group.cancel_scope.cancel()
         if not self._finished.is_set():  # a task was cancelled from outside, by the loop's own end
             raise anyio.get_cancelled_exc_class()
+
+    def _acquire_scratch(self) -> None:
+        self._scratch = self._engine.scratch.acquire()
 
     async def _drain(self) -> None:
         for buffer in self._held:
@@ -185,7 +194,7 @@ class Transfer:
     def _decode(self, chunk: Chunk, buffer: StagingBuffer) -> None:
         for segment in chunk.segments:
             tensor = self._plan.tensors[segment.tensor]
-            if tensor.decoded and segment.target_nbytes:
+            if tensor.decode is Decode.HOST and segment.target_nbytes:
                 with self.stats.working("decode", segment.target_nbytes):
                     decode(
                         tensor.info.type,
@@ -199,30 +208,35 @@ class Transfer:
     async def _consume(self, receive: MemoryObjectReceiveStream[_Filled], stream: StreamWorker) -> None:
         while True:  # until all has arrived and the group is cancelled
             filled = await receive.receive()
-            copies = self._copies(filled)
+            targets = [self._sink.target(segment.tensor) for segment in filled.chunk.segments]
             await stream.room.acquire()
             self._held.discard(filled.buffer)
             with self._lock:
                 self._on_device += 1
-            stream.submit(copies, partial(self._passed, filled, stream))
+            scratch = self._scratch[stream.index] if self._scratch else None
+            stream.submit(partial(self._enqueue, filled, targets, scratch), partial(self._passed, filled, stream))
 
-    def _copies(self, filled: _Filled) -> list[Copy]:
+    def _enqueue(
+        self, filled: _Filled, targets: Sequence[DeviceMemory], scratch: DeviceMemory | None, stream: Stream
+    ) -> None:
+        """Enqueues a chunk's copies and kernels; on the stream's thread."""
         buffer = filled.buffer
-        return [
-            Copy(
-                self._sink.target(segment.tensor),
-                segment.target_offset,
-                buffer.memory,
-                buffer.offset + segment.upload_offset,
-                segment.target_nbytes,
-            )
-            for segment in filled.chunk.segments
-            if segment.target_nbytes
-        ]
+        for segment, target in zip(filled.chunk.segments, targets, strict=True):
+            if not segment.target_nbytes:
+                continue
+            tensor, staged = self._plan.tensors[segment.tensor], buffer.offset + segment.upload_offset
+            if tensor.decode is Decode.DEVICE:
+                assert scratch is not None
+                packed = scratch.part(segment.source_offset, segment.source_nbytes)
+                decoded = target.part(segment.target_offset, segment.target_nbytes)
+                stream.upload(packed, 0, buffer.memory, staged, segment.upload_nbytes)
+                stream.decode(tensor.info.type, tensor.dtype, packed, decoded)
+            else:
+                stream.upload(target, segment.target_offset, buffer.memory, staged, segment.upload_nbytes)
 
     def _passed(self, filled: _Filled, stream: StreamWorker, error: BaseException | None, begin: float) -> None:
         """An event has passed; on the stream's thread."""
-        self.stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes)
+        self.stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes, filled.chunk.target_nbytes)
         try:
             filled.buffer.release()
         except DeviceError as failure:
@@ -262,7 +276,7 @@ class Transfer:
         self._tensors_left -= len(landed)
         for tensor in landed:
             self._sink.landed(tensor)
-        self._sink.moved(chunk.upload_nbytes)
+        self._sink.moved(chunk.target_nbytes)
         if not self._tensors_left:
             self._finished.set()
 

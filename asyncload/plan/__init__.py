@@ -7,11 +7,13 @@ Its ``chunks`` are the pieces of work for the pipeline, in file order, made as t
 from __future__ import annotations
 
 from asyncload.plan._chunks import Chunk, Segment
-from asyncload.plan._load import DtypeSpec, LoadPlan, TensorPlan, plan_load
+from asyncload.plan._load import DtypeSpec, LoadPlan, plan_load
 from asyncload.plan._select import Selection, select_tensors
+from asyncload.plan._tensor import Decode, TensorPlan
 
 __all__ = [
     "Chunk",
+    "Decode",
     "DtypeSpec",
     "LoadPlan",
     "Segment",

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from asyncload.errors import PlanError
-
-if TYPE_CHECKING:
-    from asyncload.plan._load import TensorPlan
+from asyncload.plan._tensor import Decode, TensorPlan
 
 __all__ = ["Chunk", "Segment", "cut_chunks"]
 
@@ -33,15 +31,17 @@ _MOST_SHARED: Final = 256
 class Segment:
     """One tensor's share of a chunk; offsets and sizes in bytes.
 
-    ``source_offset`` and ``source_nbytes``: its packed bytes within the buffer. ``upload_offset``: where in the buffer
-    the bytes to upload start (the packed ones, or their decoded form). ``target_offset`` and ``target_nbytes``: where
-    they go within the tensor. ``tensor`` is the index into the plan's tensors.
+    ``source_offset`` and ``source_nbytes``: its packed bytes within the buffer. ``upload_offset`` and
+    ``upload_nbytes``: the bytes of the buffer to upload (the packed ones, or what the host has decoded them to).
+    ``target_offset`` and ``target_nbytes``: what they are of the tensor on the device, where they may be decoded.
+    ``tensor`` is the index into the plan's tensors.
     """
 
     tensor: int
     source_offset: int
     source_nbytes: int
     upload_offset: int
+    upload_nbytes: int
     target_offset: int
     target_nbytes: int
 
@@ -62,7 +62,12 @@ class Chunk:
 
     @property
     def upload_nbytes(self) -> int:
-        """Bytes that go to the device."""
+        """Bytes that cross the bus."""
+        return sum(segment.upload_nbytes for segment in self.segments)
+
+    @property
+    def target_nbytes(self) -> int:
+        """Bytes of tensors that they become on the device."""
         return sum(segment.target_nbytes for segment in self.segments)
 
 
@@ -79,7 +84,7 @@ def cut_chunks(tensors: Sequence[TensorPlan], chunk_size: int, skip: Collection[
         if index in skip:
             continue
         info = tensor.info
-        after = _align(tensor.nbytes) if tensor.decoded else 0
+        after = _decoded_nbytes(tensor)
         large = _align(info.nbytes) + after > chunk_size // 2
         if shared and (large or not _joins(tensors, shared, tensor, chunk_size - decoded - after)):
             yield _shared_chunk(tensors, shared, group)
@@ -112,30 +117,35 @@ def _shared_chunk(tensors: Sequence[TensorPlan], indices: Sequence[int], group: 
     segments: list[Segment] = []
     for index in indices:
         tensor = tensors[index]
-        source_offset = upload_offset = tensor.info.offset - first.offset
-        if tensor.decoded:
-            upload_offset = decoded_at
-            decoded_at += _align(tensor.nbytes)
-        segments.append(Segment(index, source_offset, tensor.info.nbytes, upload_offset, 0, tensor.nbytes))
+        info, offset = tensor.info, tensor.info.offset - first.offset
+        by_host = tensor.decode is Decode.HOST
+        upload = (decoded_at, tensor.nbytes) if by_host else (offset, info.nbytes)
+        decoded_at += _decoded_nbytes(tensor)
+        segments.append(Segment(index, offset, info.nbytes, *upload, 0, tensor.nbytes))
     return Chunk(group, first.part, first.offset, nbytes, tuple(segments))
 
 
 def _split(tensor: TensorPlan, index: int, group: int, chunk_size: int) -> Iterator[Chunk]:
-    info = tensor.info
+    info, by_host = tensor.info, tensor.decode is Decode.HOST
     # the bytes of one block before and after decoding; what is not decoded may be cut anywhere
-    before, after = (info.type.type_size, tensor.block_nbytes) if tensor.decoded else (_ALIGNMENT, 0)
-    blocks = (chunk_size - _ALIGNMENT) // (before + after) if tensor.decoded else chunk_size // _ALIGNMENT
+    before, after = (
+        (_ALIGNMENT, _ALIGNMENT) if tensor.decode is Decode.NONE else (info.type.type_size, tensor.block_nbytes)
+    )
+    needed = before + (after if by_host else 0)
+    blocks = (chunk_size - (_ALIGNMENT if by_host else 0)) // needed
     if blocks == 0:
-        raise PlanError(f"{info.name}: one block takes {before + after} bytes, more than a chunk of {chunk_size}")
+        raise PlanError(f"{info.name}: one block takes {needed} bytes, more than a chunk of {chunk_size}")
     step = blocks * before
     for start in range(0, info.nbytes, step):
         nbytes = min(step, info.nbytes - start)
-        if tensor.decoded:
-            count = nbytes // before
-            segment = Segment(index, 0, nbytes, _align(nbytes), start // before * after, count * after)
-        else:
-            segment = Segment(index, 0, nbytes, 0, start, nbytes)
-        yield Chunk(group, info.part, info.offset + start, nbytes, (segment,))
+        target = start // before * after, nbytes * after // before
+        upload = (_align(nbytes), target[1]) if by_host else (0, nbytes)
+        yield Chunk(group, info.part, info.offset + start, nbytes, (Segment(index, 0, nbytes, *upload, *target),))
+
+
+def _decoded_nbytes(tensor: TensorPlan) -> int:
+    """What a tensor's decoded form takes of a buffer."""
+    return _align(tensor.nbytes) if tensor.decode is Decode.HOST else 0
 
 
 def _align(offset: int) -> int:

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from asyncload.errors import OptionsError, RangeError, UnsupportedQuantError
-from asyncload.gguf import Header, TensorInfo
+from asyncload.errors import OptionsError, RangeError, TargetError, UnsupportedQuantError
+from asyncload.gguf import GGMLType, Header, TensorInfo
+from asyncload.options import DecodeOption, DeviceKind
 from asyncload.plan._chunks import Chunk, cut_chunks
 from asyncload.plan._select import Selection, match_names, select_tensors
-from asyncload.quant import DType, can_decode, native_dtype
+from asyncload.plan._tensor import Decode, TensorPlan
+from asyncload.quant import DType, can_decode, cuda, native_dtype
 
-__all__ = ["PACKED", "DtypeSpec", "LoadPlan", "TensorPlan", "plan_load"]
+__all__ = ["PACKED", "DtypeSpec", "LoadPlan", "plan_load"]
 
 PACKED = "packed"
 DtypeSpec = str | Mapping[str, str]
 _DECODED = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """What becomes of one tensor: its ``dtype`` and row-major ``shape`` on the device, and whether it is decoded.
-
-    A quantized tensor that stays packed is uint8; its last dimension counts bytes then.
-    """
-
-    info: TensorInfo
-    dtype: DType
-    shape: tuple[int, ...]
-    decoded: bool
-    nbytes: int
-
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes that one block of the tensor's type takes once decoded."""
-        return self.info.type.block_size * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +31,15 @@ class LoadPlan:
     def device_nbytes(self) -> int:
         """Bytes that the tensors take on the device."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def upload_nbytes(self) -> int:
+        """Bytes that cross the bus."""
+        return sum(tensor.upload_nbytes for tensor in self.tensors)
+
+    def kernels(self, decode: Decode) -> set[tuple[GGMLType, DType]]:
+        """The pairs of type and dtype that are decoded at one of the places."""
+        return {(tensor.info.type, tensor.dtype) for tensor in self.tensors if tensor.decode is decode}
 
     def chunks(self, skip: Collection[int] = ()) -> Iterator[Chunk]:
         """The pieces of work in file order, without the tensors whose indices are to be skipped."""
@@ -67,7 +59,14 @@ class LoadPlan:
 
 
 def plan_load(
-    header: Header, *, dtype: DtypeSpec = PACKED, select: Selection = None, chunk_size: int = 16 << 20
+    header: Header,
+    *,
+    dtype: DtypeSpec = PACKED,
+    select: Selection = None,
+    chunk_size: int = 16 << 20,
+    decode: DecodeOption = "auto",
+    device: DeviceKind = "host",
+    unaligned: Collection[str] = (),
 ) -> LoadPlan:
     """Plans the load of a model, or of the selected part of it.
 
@@ -75,12 +74,21 @@ def plan_load(
     these, or a mapping from names or globs to them, of which the first that matches counts and what none matches stays
     packed. Integer tensors keep their type. ``chunk_size`` in bytes.
 
+    ``decode`` says where: on the ``"device"``, on the ``"host"``, or, with ``"auto"``, behind the bus where there is
+    one and the device has a kernel for the pair, so that the packed bytes cross it. ``device`` is the device's kind.
+    ``unaligned`` names tensors whose target the device's kernels cannot write to.
+
     Raises ``OptionsError`` for an unknown dtype, ``TensorNotFoundError`` for a name or pattern without a tensor,
-    ``UnsupportedQuantError`` for a type that cannot be decoded.
+    ``UnsupportedQuantError`` for a type that cannot be decoded, there or at all, ``TargetError`` for an unaligned
+    target where decoding on the device was asked for.
     """
     wanted = _wanted_dtypes(header, dtype)
     tensors = sorted(select_tensors(header, select), key=lambda info: (info.part, info.offset))
-    return LoadPlan(tuple(_plan_tensor(info, wanted[info.name]) for info in tensors), chunk_size)
+
+    def place(info: TensorInfo, dtype: DType) -> Decode:
+        return _place(info, dtype, decode, device, aligned=info.name not in unaligned)
+
+    return LoadPlan(tuple(_plan_tensor(info, wanted[info.name], place) for info in tensors), chunk_size)
 
 
 def _wanted_dtypes(header: Header, spec: DtypeSpec) -> dict[str, DType | None]:
@@ -108,18 +116,31 @@ def _parse(text: object) -> DType | None:
     return dtype
 
 
-def _plan_tensor(info: TensorInfo, dtype: DType | None) -> TensorPlan:
-    native = native_dtype(info.type)
-    if native is not None and (dtype is None or dtype == native or info.type.integer):
-        return TensorPlan(info, native, info.shape, decoded=False, nbytes=info.nbytes)
-    if dtype is None:
-        row = info.shape[-1] // info.type.block_size * info.type.type_size
-        return TensorPlan(info, DType.UINT8, (*info.shape[:-1], row), decoded=False, nbytes=info.nbytes)
-    if not can_decode(info.type, dtype):
+def _place(info: TensorInfo, dtype: DType, option: DecodeOption, device: DeviceKind, *, aligned: bool) -> Decode:
+    """Where a tensor is decoded to a dtype; raises where that cannot be done."""
+    by_device = (cuda.can_decode if device == "cuda" else can_decode)(info.type, dtype)
+    on_device = option == "device" or (option == "auto" and device == "cuda" and by_device and aligned)
+    if not (by_device if on_device else can_decode(info.type, dtype)):
         raise UnsupportedQuantError(
-            f"{info.name}: {info.type.name} cannot be decoded to {dtype}; dtype='packed' loads its blocks as they are",
+            f"{info.name}: {info.type.name} cannot be decoded to {dtype} on the {'device' if on_device else 'host'}; "
+            "dtype='packed' loads its blocks as they are",
             tensor=info.name,
             type=info.type.name,
             dtype=str(dtype),
         )
-    return TensorPlan(info, dtype, info.shape, decoded=True, nbytes=info.n_weights * dtype.itemsize)
+    if on_device and not aligned:
+        raise TargetError(
+            f"{info.name}: the device decodes into buffers aligned to {cuda.ALIGNMENT} bytes; decode='auto' takes any",
+            tensor=info.name,
+        )
+    return Decode.DEVICE if on_device else Decode.HOST
+
+
+def _plan_tensor(info: TensorInfo, dtype: DType | None, place: Callable[[TensorInfo, DType], Decode]) -> TensorPlan:
+    native = native_dtype(info.type)
+    if native is not None and (dtype is None or dtype == native or info.type.integer):
+        return TensorPlan(info, native, info.shape, Decode.NONE, info.nbytes)
+    if dtype is None:
+        row = info.shape[-1] // info.type.block_size * info.type.type_size
+        return TensorPlan(info, DType.UINT8, (*info.shape[:-1], row), Decode.NONE, info.nbytes)
+    return TensorPlan(info, dtype, info.shape, place(info, dtype), info.n_weights * dtype.itemsize)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncload.errors import UnsupportedQuantError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, can_decode, native_dtype
+from asyncload.quant._subprocess import run_module
 
 if TYPE_CHECKING:
     from asyncload.quant._compiled import Entry
@@ -28,7 +26,6 @@ READY: Final[dict[Pair, Entry]] = {}
 
 _log: Final = logging.getLogger("asyncload.quant")
 _lock: Final = threading.Lock()
-_COMPILE_TIMEOUT: Final = 300.0  # seconds for all kernels; each takes a tenth on a machine with nothing else to do
 _HOLD: Final = 0.001  # seconds that the interpreter lock is kept at a time
 _PAUSE: Final = 0.0001  # seconds in which a thread that waits for it can take it
 
@@ -74,28 +71,7 @@ def _fill_cache(pairs: Sequence[Pair]) -> bool:
     """Compiles into the cache in a subprocess, and says whether that went well."""
     from asyncload.quant._compiled import cache_folder
 
-    if cache_folder() is None or getattr(sys, "frozen", False) or not sys.executable:
-        return False
-    # the same packages as here; -P keeps the working directory's out
-    command = [sys.executable, "-P", "-m", "asyncload.quant._warm", *_names(pairs)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-    started = time.monotonic()
-    try:
-        subprocess.run(  # noqa: S603 - our own module
-            command,
-            env=environment,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=_COMPILE_TIMEOUT,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("kernels could not be compiled in a subprocess: %s\n%s", error, getattr(error, "stderr", ""))
-        return False
-    _log.info("compiled %s in %.1f s", ", ".join(_names(pairs)), time.monotonic() - started)
-    return True
+    return cache_folder() is not None and run_module("asyncload.quant._warm", _names(pairs))
 
 
 def _names(pairs: Sequence[Pair]) -> list[str]:

@@ -114,15 +114,16 @@ def test_latency_passes_before_each_copy(make: Make) -> None:
 def test_streams_hide_latency_and_not_bandwidth() -> None:
     """By the timetable that the copies keep to: waiting goes on side by side, moving does not."""
     memory = bytearray(8192)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    both = DeviceMemory(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 8192)
+    target, source = both.part(4096, 4096), both.part(0, 4096)
     engine = CopyEngine("host", None, latency=0.01)
-    copies = [engine.accept(address + 4096, address, 4096) for _ in range(2)]
+    copies = [engine.accept(target, source) for _ in range(2)]
     ends = [engine.perform(copy, 0.0) for copy in copies]  # each is the first of its stream
     assert ends == [copy.enqueued + 0.01 for copy in copies]
-    assert engine.perform(engine.accept(address + 4096, address, 4096), ends[1] + 1e-3) >= ends[1] + 0.011
+    assert engine.perform(engine.accept(target, source), ends[1] + 1e-3) >= ends[1] + 0.011
 
     engine = CopyEngine("host", 4096 / 0.01, latency=0.0)
-    copies = [engine.accept(address + 4096, address, 4096) for _ in range(3)]
+    copies = [engine.accept(target, source) for _ in range(3)]
     ends = [engine.perform(copy, 0.0) for copy in copies]
     assert ends == pytest.approx([copies[0].enqueued + 0.01 * turn for turn in (1, 2, 3)], abs=1e-9)
 
@@ -312,7 +313,7 @@ def test_memory_under_a_copy_cannot_be_given_back(make: Make) -> None:
             partial(staging.discard, 8191, 1),
         ]
         for breach in breaches:
-            with pytest.raises(DeviceError, match="1 copies still use it"):
+            with pytest.raises(DeviceError, match="1 pieces of work still use it"):
                 breach()
         staging.discard(0, 4096)
     stream.record().synchronize()

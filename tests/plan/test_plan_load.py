@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncload.errors import OptionsError, PlanError, RangeError, TensorNotFoundError, UnsupportedQuantError
+from asyncload.errors import (
+    OptionsError,
+    PlanError,
+    RangeError,
+    TargetError,
+    TensorNotFoundError,
+    UnsupportedQuantError,
+)
 from asyncload.gguf import GGMLType, TensorInfo
-from asyncload.plan import LoadPlan, TensorPlan, plan_load, select_tensors
+from asyncload.options import DecodeOption, DeviceKind
+from asyncload.plan import Decode, LoadPlan, TensorPlan, plan_load, select_tensors
 from asyncload.quant import DType
 
 CHUNK = 64 << 10
@@ -76,7 +84,9 @@ class TestSelection:
 class TestDtype:
     def dtypes(self, spec: Any, selection: Any = None) -> dict[str, tuple[DType, bool, tuple[int, ...]]]:
         plan = plan_load(HEADER, dtype=spec, select=selection)
-        return {tensor.info.name: (tensor.dtype, tensor.decoded, tensor.shape) for tensor in plan.tensors}
+        return {
+            tensor.info.name: (tensor.dtype, tensor.decode is not Decode.NONE, tensor.shape) for tensor in plan.tensors
+        }
 
     def test_packed_leaves_every_type_as_it_is(self) -> None:
         assert self.dtypes("packed") == {
@@ -137,6 +147,53 @@ class TestRanges:
             list(plan_load(HEADER, dtype="f32", select="blk.0.attn_q.weight", chunk_size=1024).chunks())
 
 
+class TestDecode:
+    """Where tensors are decoded, by the option, the device's kind, and the target's alignment."""
+
+    def places(self, decode: DecodeOption, device: DeviceKind, **more: Any) -> dict[str, str]:
+        plan = plan_load(HEADER, dtype="bf16", select=0, decode=decode, device=device, **more)
+        return {tensor.info.name: str(tensor.decode) for tensor in plan.tensors}
+
+    @pytest.mark.parametrize(
+        ("decode", "device", "place"),
+        [
+            ("auto", "cuda", "device"),
+            ("auto", "host", "host"),
+            ("device", "cuda", "device"),
+            ("device", "host", "device"),
+            ("host", "cuda", "host"),
+            ("host", "host", "host"),
+        ],
+    )
+    def test_the_option_and_the_device_decide(self, decode: DecodeOption, device: DeviceKind, place: str) -> None:
+        assert set(self.places(decode, device).values()) == {place}
+
+    def test_what_stays_as_it_is_is_decoded_nowhere(self) -> None:
+        plan = plan_load(HEADER, dtype={"blk.0.attn_q.weight": "bf16"}, decode="device", device="cuda")
+        assert {tensor.info.name for tensor in plan.tensors if tensor.decode is not Decode.NONE} == {
+            "blk.0.attn_q.weight"
+        }
+
+    def test_a_target_that_kernels_cannot_store_to_is_decoded_before(self) -> None:
+        places = self.places("auto", "cuda", unaligned=["blk.0.attn_q.weight"])
+        assert places == {"blk.0.attn_q.weight": "host", "blk.0.norm.weight": "device"}
+        with pytest.raises(TargetError) as caught:
+            self.places("device", "cuda", unaligned=["blk.0.attn_q.weight"])
+        assert caught.value.tensor == "blk.0.attn_q.weight"
+
+    def test_what_crosses_the_bus_is_what_is_decoded_behind_it(self) -> None:
+        packed, decoded = 8 * 144 + 1024, (8 * 256 + 256) * 2
+        behind = plan_load(HEADER, dtype="bf16", select=0, decode="device")
+        before = plan_load(HEADER, dtype="bf16", select=0, decode="host")
+        assert (behind.upload_nbytes, behind.device_nbytes) == (packed, decoded)
+        assert (before.upload_nbytes, before.device_nbytes) == (decoded, decoded)
+
+    def test_the_kernels_that_a_plan_needs(self) -> None:
+        plan = plan_load(HEADER, dtype="f16", select=0, decode="device")
+        assert plan.kernels(Decode.DEVICE) == {(GGMLType.Q4_K, DType.FLOAT16), (GGMLType.F32, DType.FLOAT16)}
+        assert plan.kernels(Decode.HOST) == set()
+
+
 def check_chunks(plan: LoadPlan, chunk_size: int, skip: set[int] | None = None) -> None:
     """Every byte of every tensor in exactly one segment, nothing outside its buffer, nothing twice in a buffer."""
     skip = skip or set()
@@ -158,15 +215,20 @@ def check_chunks(plan: LoadPlan, chunk_size: int, skip: set[int] | None = None) 
             assert chunk.offset + segment.source_offset == source_next[segment.tensor]
             assert segment.source_offset + segment.source_nbytes <= chunk.nbytes
             assert segment.target_offset == target_next[segment.tensor]
-            if tensor.decoded:
+            if tensor.decode is Decode.NONE:
+                assert segment.target_nbytes == segment.source_nbytes
+            else:
                 assert segment.source_nbytes % tensor.info.type.type_size == 0
                 blocks = segment.source_nbytes // tensor.info.type.type_size
                 assert segment.target_nbytes == blocks * tensor.block_nbytes
+            if tensor.decode is Decode.HOST:
                 assert segment.upload_offset % 64 == 0
-                used.append((segment.upload_offset, segment.upload_offset + segment.target_nbytes))
+                assert segment.upload_nbytes == segment.target_nbytes
+                used.append((segment.upload_offset, segment.upload_offset + segment.upload_nbytes))
             else:
-                assert segment.target_nbytes == segment.source_nbytes
-                assert segment.upload_offset == segment.source_offset
+                assert (segment.upload_offset, segment.upload_nbytes) == (segment.source_offset, segment.source_nbytes)
+            if tensor.decode is Decode.DEVICE:
+                assert segment.target_offset % 16 == 0
             source_next[segment.tensor] += segment.source_nbytes
             target_next[segment.tensor] += segment.target_nbytes
         ranges = sorted(item for item in used if item[0] != item[1])
@@ -206,8 +268,12 @@ class TestChunks:
         seed=st.integers(0, 2**32),
         dtype=st.sampled_from(["packed", "f32", "f16", "bf16"]),
         chunk=st.sampled_from([CHUNK, 4 * CHUNK]),
+        decode=st.sampled_from(["auto", "device", "host"]),
+        device=st.sampled_from(["cuda", "host"]),
     )
-    def test_any_model_is_covered_exactly_once(self, seed: int, dtype: str, chunk: int) -> None:
+    def test_any_model_is_covered_exactly_once(
+        self, seed: int, dtype: str, chunk: int, decode: DecodeOption, device: DeviceKind
+    ) -> None:
         rng = random.Random(seed)
         kinds = [GGMLType.F32, GGMLType.F16, GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.I32]
         tensors: list[TensorPlan] = []
@@ -219,7 +285,9 @@ class TestChunks:
             ),
             gap=rng.choice([0, 0, 100, 1 << 17]),
         )
-        plan = plan_load(header, dtype=dtype, chunk_size=chunk)
+        plan = plan_load(header, dtype=dtype, chunk_size=chunk, decode=decode, device=device)
         check_chunks(plan, chunk)
+        assert sum(chunk.upload_nbytes for chunk in plan.chunks()) == plan.upload_nbytes
+        assert sum(chunk.target_nbytes for chunk in plan.chunks()) == plan.device_nbytes
         tensors.extend(plan.tensors)
         check_chunks(plan, chunk, skip={index for index in range(len(tensors)) if rng.random() < 0.3})

@@ -1,20 +1,27 @@
 """Blocks to numbers on a CUDA device: one CUDA C++ kernel for each ggml type and dtype, compiled when a load needs it.
 
 Importing this costs nothing: ``cuda.core`` and the ``gguf`` package, which has the grids of the IQ types, come with
-``compile_kernels``. The kernels need no CUDA headers, and compiling them needs neither a device nor a driver.
+``prepare`` and ``compile_kernels``. The kernels need no CUDA headers, and compiling them needs neither a device nor a
+driver.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from asyncload.errors import UnsupportedQuantError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, native_dtype
 
-__all__ = ["CUDA_DECODED", "can_decode", "compile_kernels", "kernel_name", "launch", "load_kernel", "source"]
+if TYPE_CHECKING:
+    from asyncload.quant.cuda._program import Kernel
+
+__all__ = ["ALIGNMENT", "CUDA_DECODED", "can_decode", "compile_kernels", "kernel_name", "prepare", "source"]
+
+#: What the address of a target is a multiple of, in bytes; where the type has no blocks, the weight's size is enough.
+ALIGNMENT: Final = 16
 
 _FAMILIES: Final[Mapping[str, str]] = {
     "floats": "F64 F32 F16 BF16",
@@ -69,18 +76,13 @@ def compile_kernels(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> Any
     return compile_program(arch, pairs)
 
 
-def load_kernel(code: Any, type: GGMLType, dtype: DType) -> Any:  # noqa: A002
-    """Loads a pair's kernel from what ``compile_kernels`` returned into the calling thread's current context."""
-    from asyncload.quant.cuda._program import Kernel
+def prepare(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> dict[tuple[GGMLType, DType], Kernel]:
+    """Loads the kernels of these pairs into the calling thread's current context, for a device of that architecture.
 
-    return Kernel(code, type, dtype)
-
-
-def launch(kernel: Any, stream: Any, source_address: int, target_address: int, n_blocks: int) -> None:
-    """Enqueues the decoding of ``n_blocks`` blocks (weights, where the type has no blocks) on a stream.
-
-    ``stream`` is any object with ``__cuda_stream__``, of the current context. The source may have any address; the
-    aligned words of four bytes around its ends are read whole. The target's address is a multiple of 16, or, where the
-    type has no blocks, of the weight's size; otherwise ``ValueError`` is raised. Nothing outside the target is written.
+    Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled in a subprocess then, with
+    the others of its family for the dtype. Raises ``UnsupportedQuantError`` for a pair that has no kernel, before
+    anything is compiled, and ``BackendUnavailableError`` as ``compile_kernels`` does.
     """
-    kernel.launch(stream, source_address, target_address, n_blocks)
+    from asyncload.quant.cuda._prepare import prepare as prepare_kernels
+
+    return prepare_kernels(arch, pairs)

@@ -4,38 +4,66 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final
 
 from asyncload.errors import BackendUnavailableError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
-from asyncload.quant.cuda import kernel_name
+from asyncload.quant.cuda import ALIGNMENT, kernel_name
 from asyncload.quant.cuda._source import assemble
 
-__all__ = ["Kernel", "compile_program"]
+__all__ = ["Kernel", "compile_program", "is_cached"]
 
 _log: Final = logging.getLogger("asyncload.quant")
 _THREADS: Final = 256  # of a block of threads, as the kernels are bounded to
 _SPAN: Final = 8192  # weights that a block of threads decodes
 _GRID_SPAN: Final = 16384  # the same where it has to fetch a grid of up to 8 KiB before
-_ALIGNMENT: Final = 16  # bytes: of stores
 
 
 def compile_program(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> Any:
     """Compiles; see ``asyncload.quant.cuda.compile_kernels``."""
     text = assemble(pairs)
-    try:
-        core: Any = import_module("cuda.core")
-        # Products that are not exact are rounded before the sum, as ggml does; the exact ones name their fused sums.
-        options = core.ProgramOptions(std="c++17", arch=arch, fma=False)
+    with _mapping_errors(arch):
+        options = _options(arch)
         cache = _open_cache()
         try:
-            return core.Program(text, "c++", options).compile("cubin", **({} if cache is None else {"cache": cache}))
+            return _program(text, options).compile("cubin", **({} if cache is None else {"cache": cache}))
         except OSError as error:  # from the cache: the compiler touches no file
             _log.warning("compiled CUDA kernels cannot be kept: %s", error)
-            return core.Program(text, "c++", options).compile("cubin")
+            return _program(text, options).compile("cubin")
+
+
+def is_cached(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> bool | None:
+    """Whether the cache on disk has the program of these pairs; None where there is no cache."""
+    text = assemble(pairs)
+    with _mapping_errors(arch):
+        cache = _open_cache()
+        if cache is None:
+            return None
+        make_key = import_module("cuda.core.utils").make_program_cache_key
+        key = make_key(code=text, code_type="c++", options=_options(arch), target_type="cubin")
+        try:
+            return cache.get(key) is not None
+        except OSError:
+            return None
+
+
+def _options(arch: str) -> Any:
+    # Products that are not exact are rounded before the sum, as ggml does; the exact ones name their fused sums.
+    return import_module("cuda.core").ProgramOptions(std="c++17", arch=arch, fma=False)
+
+
+def _program(text: str, options: Any) -> Any:
+    return import_module("cuda.core").Program(text, "c++", options)
+
+
+@contextmanager
+def _mapping_errors(arch: str) -> Generator[None]:
+    try:
+        yield
     except Exception as error:
         message = f"the decoding kernels cannot be compiled for {arch}: {error}"
         raise BackendUnavailableError(message, device="cuda") from error
@@ -51,22 +79,24 @@ def _open_cache() -> Any:
 
 
 class Kernel:
-    """A pair's kernel, loaded into a context; ``span`` is how many weights a block of threads decodes."""
+    """A pair's kernel, loaded into the current context; ``span`` is how many weights a block of threads decodes."""
 
     def __init__(self, code: Any, type: GGMLType, dtype: DType) -> None:  # noqa: A002 - the field's name
         self._core: Any = import_module("cuda.core")
         self._kernel = code.get_kernel(kernel_name(type, dtype))
         self._block_size = type.block_size
         self.span = _GRID_SPAN if type.name.startswith(("IQ1", "IQ2", "IQ3")) else _SPAN
-        self._alignment = _ALIGNMENT if type.quantized else dtype.itemsize
-
-    @property
-    def registers(self) -> int:
-        """How many registers a thread takes."""
-        return int(self._kernel.attributes.num_regs)
+        self._alignment = ALIGNMENT if type.quantized else dtype.itemsize
+        self.registers = int(self._kernel.attributes.num_regs)  # asking loads it, for which a launch would wait
 
     def launch(self, stream: Any, source_address: int, target_address: int, n_blocks: int) -> None:
-        """Launches; see ``asyncload.quant.cuda.launch``."""
+        """Enqueues the decoding of ``n_blocks`` blocks (weights, where the type has no blocks) on a stream.
+
+        ``stream`` is any object with ``__cuda_stream__``, of the current context. The source may have any address; the
+        aligned words of four bytes around its ends are read whole. The target's address is a multiple of 16, or, where
+        the type has no blocks, of the weight's size; otherwise ``ValueError`` is raised. Nothing outside the target is
+        written.
+        """
         if target_address % self._alignment:
             raise ValueError(f"the target's address {target_address:#x} is no multiple of {self._alignment}")
         if n_blocks:

@@ -12,7 +12,7 @@ import pytest
 
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
-from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, launch, load_kernel
+from asyncload.quant.cuda import CUDA_DECODED, can_decode, prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -37,8 +37,7 @@ class Gpu:
         self.device = core.Device(0)
         self.device.set_current()
         self.stream = self.device.create_stream()
-        code = compile_kernels(f"sm_{self.device.arch}", PAIRS)
-        self.kernels = {pair: load_kernel(code, *pair) for pair in PAIRS}
+        self.kernels = prepare(f"sm_{self.device.arch}", PAIRS)
 
     def check(self, result: tuple[Any, ...]) -> Any:
         code, *values = result
@@ -72,7 +71,7 @@ class Gpu:
 
     def run(self, type_: GGMLType, dtype: DType, source: int, target: int, count: int) -> None:
         self.check(self.driver.cuCtxSynchronize())  # the copies above are not on this stream
-        launch(self.kernels[type_, dtype], self.stream, source, target, count)
+        self.kernels[type_, dtype].launch(self.stream, source, target, count)
         self.stream.sync()
 
     def decode(self, type_: GGMLType, dtype: DType, blocks: Bytes, *, shift: int = 0, target_shift: int = 0) -> Bytes:
@@ -120,9 +119,9 @@ def test_no_blocks_are_no_work(gpu: Gpu) -> None:
 
 def test_targets_that_stores_cannot_be_aligned_to_are_refused(gpu: Gpu) -> None:
     with pytest.raises(ValueError, match="16"):
-        launch(gpu.kernels[GGMLType.Q4_K, DType.BFLOAT16], gpu.stream, 0, 8, 1)
+        gpu.kernels[GGMLType.Q4_K, DType.BFLOAT16].launch(gpu.stream, 0, 8, 1)
     with pytest.raises(ValueError, match="2"):
-        launch(gpu.kernels[GGMLType.F32, DType.BFLOAT16], gpu.stream, 0, 7, 1)
+        gpu.kernels[GGMLType.F32, DType.BFLOAT16].launch(gpu.stream, 0, 7, 1)
 
 
 def test_what_float16_cannot_hold_is_infinite(gpu: Gpu) -> None:
@@ -143,7 +142,7 @@ def test_every_stream_by_the_protocol_will_do(gpu: Gpu, oracle: Any) -> None:
     try:
         gpu.write(memory.address, some)
         kernel = gpu.kernels[GGMLType.Q8_0, DType.BFLOAT16]
-        launch(kernel, stream, memory.address, memory.address + (1 << 19), 100)
+        kernel.launch(stream, memory.address, memory.address + (1 << 19), 100)
         stream.record().synchronize()
         got = gpu.read(memory.address + (1 << 19), 100 * 64)
     finally:
