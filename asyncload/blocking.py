@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import FrameType, TracebackType
@@ -74,6 +74,10 @@ class Loader:
         if self._portal is None:
             raise ClosedError("a loader is used inside its `with` block")
         return self._portal
+
+    def warm_up(self, dtypes: Iterable[str] = ("float32", "float16", "bfloat16")) -> None:
+        """``asyncload.Loader.warm_up``."""
+        _call(self._active(), lambda: self._loader.warm_up(dtypes))
 
     def load(
         self,

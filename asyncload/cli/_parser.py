@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import get_args
 
 from asyncload import __version__
+from asyncload.options import DecodeOption
 
 __all__ = ["make_parser"]
 
@@ -17,6 +19,8 @@ examples:
   asyncload load model.gguf                        load into the first GPU, or into host memory where there is none
   asyncload load model.gguf --device host --dtype bf16
   asyncload load model.gguf --select 0 --select 'token_embd.*'
+  asyncload plan model.gguf --dtype bf16           where each tensor would be decoded, and what crosses the bus
+  asyncload warmup                                 compile all kernels now, so that no load has to
 
 environment:
   ASYNCLOAD_CHUNK_SIZE=64MiB, ASYNCLOAD_STAGING, ASYNCLOAD_THREADS, ASYNCLOAD_STREAMS and their like set the options
@@ -50,6 +54,20 @@ def make_parser() -> argparse.ArgumentParser:
             description="Loads a model, shows progress, and sums up: bytes, seconds by stage, GB/s, the bottleneck.",
         )
     )
+    _plan_arguments(
+        commands.add_parser(
+            "plan",
+            help="show what a load would do: where each tensor is decoded, and the bytes that cross the bus",
+            description="Shows what a load would do with each tensor. Reads no tensor data and needs no GPU.",
+        )
+    )
+    _warmup_arguments(
+        commands.add_parser(
+            "warmup",
+            help="compile the decoding kernels ahead of the first load",
+            description="Compiles all decoding kernels that are not yet in the caches on disk.",
+        )
+    )
     return parser
 
 
@@ -63,6 +81,35 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
+    _request_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument(
+        "--no-progress", action="store_true", help="no progress bar (none either where stderr is no terminal)"
+    )
+    parser.set_defaults(command=_load)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
+    _request_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    parser.set_defaults(command=_plan)
+
+
+def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="host, cuda or cuda:N (default: the host and the first GPU, if any)",
+    )
+    parser.add_argument(
+        "--dtype", metavar="DTYPE", action="append", help="bf16, f16 or f32 (default: all); may be given more than once"
+    )
+    parser.set_defaults(command=_warmup)
+
+
+def _request_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to load, as what, and where."""
     parser.add_argument("--device", metavar="NAME", help="host, cuda or cuda:N (default: the first GPU, else host)")
     parser.add_argument(
         "--dtype",
@@ -78,11 +125,11 @@ def _load_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if re.fullmatch("[0-9]+", text) else text,
         help="load only these: a tensor's name, a glob or a layer's number; may be given more than once",
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument(
-        "--no-progress", action="store_true", help="no progress bar (none either where stderr is no terminal)"
+        "--decode",
+        choices=get_args(DecodeOption),
+        help="where tensors are decoded (default: auto)",
     )
-    parser.set_defaults(command=_load)
 
 
 def _dtype(text: str) -> tuple[str | None, str]:
@@ -107,6 +154,26 @@ def _load(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         dtypes=arguments.dtype or [],
         select=arguments.select,
+        decode=arguments.decode,
         as_json=arguments.json,
         progress=not arguments.no_progress,
     )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from asyncload.cli._plan import plan
+
+    plan(
+        arguments.file,
+        device=arguments.device,
+        dtypes=arguments.dtype or [],
+        select=arguments.select,
+        decode=arguments.decode,
+        as_json=arguments.json,
+    )
+
+
+def _warmup(arguments: argparse.Namespace) -> None:
+    from asyncload.cli._warmup import warm_up
+
+    warm_up(device=arguments.device, dtypes=arguments.dtype)

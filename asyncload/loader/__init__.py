@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +12,7 @@ import anyio
 from asyncload.device import Device, default_device, open_device
 from asyncload.errors import ClosedError, OptionsError
 from asyncload.gguf import Header
+from asyncload.loader._kernels import prepare_kernels
 from asyncload.loader._model_load import load_model
 from asyncload.loader._open import ModelPath, OpenedModel
 from asyncload.loader._session import Request
@@ -20,7 +21,7 @@ from asyncload.memory import VramTracker
 from asyncload.model import Model, Partial
 from asyncload.options import Options
 from asyncload.pipeline import Engine
-from asyncload.plan import DtypeSpec, Selection
+from asyncload.plan import DtypeSpec, Selection, all_kernels
 from asyncload.telemetry import ProgressCallback, ending
 from asyncload.threads import run_in_thread, settle
 
@@ -134,6 +135,23 @@ class Loader:
         if self._engine is None:
             raise ClosedError("a loader is used inside its `async with` block")
         return self._engine
+
+    async def warm_up(self, dtypes: Iterable[str] = ("float32", "float16", "bfloat16")) -> None:
+        """Makes every kernel ready that loads to these dtypes may need, so that none of them compiles.
+
+        Takes seconds to a minute where kernels are not in the caches on disk, and some tenths where they are; the event
+        loop goes on meanwhile. Raises ``OptionsError`` for an unknown dtype, ``BackendUnavailableError`` where decoding
+        on the device was asked for and its compiler is missing.
+        """
+        with self._load_scope() as engine:
+            decode, device = engine.options.decode, engine.device.info.kind
+            dtypes = list(dtypes)
+            if not await engine.callers.run(
+                prepare_kernels, engine, all_kernels(dtypes, decode=decode, device=device).__getitem__
+            ):
+                await engine.callers.run(
+                    prepare_kernels, engine, all_kernels(dtypes, decode="host", device=device).__getitem__
+                )
 
     async def load(
         self,

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncload.device import DeviceMemory
-from asyncload.errors import BackendUnavailableError, DeviceError, TensorNotFoundError
+from asyncload.errors import DeviceError, TensorNotFoundError
+from asyncload.loader._kernels import prepare_kernels
 from asyncload.loader._open import ModelPath, OpenedModel, pause
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
 from asyncload.options import DecodeOption
 from asyncload.pipeline import Engine, Sink, Transfer
-from asyncload.plan import Decode, DtypeSpec, LoadPlan, Selection, plan_load
-from asyncload.quant import prepare
+from asyncload.plan import DtypeSpec, LoadPlan, Selection, plan_load
 from asyncload.quant.cuda import ALIGNMENT
 from asyncload.telemetry import ProgressCallback, ProgressMeter
 
 __all__ = ["Request", "Session"]
 
-_log: Final = logging.getLogger("asyncload.load")
 # Tensors after which a loop on a thread lets others have the interpreter lock.
 _PAUSE_EVERY: Final = 200
 
@@ -65,15 +63,9 @@ class Session(Sink):
         unaligned = {name for name, target in targets.items() if target.address % ALIGNMENT}
         self.plan = self._plan(self.engine.options.decode, unaligned)
         self.plan.check_sources([source.size for source in self.opened.sources])
-        try:
-            self.engine.device.prepare(self.plan.kernels(Decode.DEVICE))
-        except BackendUnavailableError as error:
-            if self.engine.options.decode != "auto":
-                raise
-            _log.warning("%s: decoding on the host: %s", self.opened.name, error)
+        if not prepare_kernels(self.engine, self.plan.kernels):
             self.plan = self._plan("host", unaligned)
-        if kernels := self.plan.kernels(Decode.HOST):
-            prepare(kernels)
+            prepare_kernels(self.engine, self.plan.kernels)
         if targets:
             self._take_targets(targets)
 

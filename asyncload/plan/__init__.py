@@ -7,7 +7,7 @@ Its ``chunks`` are the pieces of work for the pipeline, in file order, made as t
 from __future__ import annotations
 
 from asyncload.plan._chunks import Chunk, Segment
-from asyncload.plan._load import DtypeSpec, LoadPlan, plan_load
+from asyncload.plan._load import DtypeSpec, LoadPlan, all_kernels, plan_load
 from asyncload.plan._select import Selection, select_tensors
 from asyncload.plan._tensor import Decode, TensorPlan
 
@@ -19,6 +19,7 @@ __all__ = [
     "Segment",
     "Selection",
     "TensorPlan",
+    "all_kernels",
     "plan_load",
     "select_tensors",
 ]

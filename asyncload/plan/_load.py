@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from asyncload.errors import OptionsError, RangeError, TargetError, UnsupportedQuantError
 from asyncload.gguf import GGMLType, Header, TensorInfo
@@ -13,10 +14,11 @@ from asyncload.plan._select import Selection, match_names, select_tensors
 from asyncload.plan._tensor import Decode, TensorPlan
 from asyncload.quant import DType, can_decode, cuda, native_dtype
 
-__all__ = ["PACKED", "DtypeSpec", "LoadPlan", "plan_load"]
+__all__ = ["PACKED", "DtypeSpec", "LoadPlan", "all_kernels", "plan_load"]
 
 PACKED = "packed"
 DtypeSpec = str | Mapping[str, str]
+Pair = tuple[GGMLType, DType]
 _DECODED = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
 
 
@@ -37,7 +39,7 @@ class LoadPlan:
         """Bytes that cross the bus."""
         return sum(tensor.upload_nbytes for tensor in self.tensors)
 
-    def kernels(self, decode: Decode) -> set[tuple[GGMLType, DType]]:
+    def kernels(self, decode: Decode) -> set[Pair]:
         """The pairs of type and dtype that are decoded at one of the places."""
         return {(tensor.info.type, tensor.dtype) for tensor in self.tensors if tensor.decode is decode}
 
@@ -89,6 +91,25 @@ def plan_load(
         return _place(info, dtype, decode, device, aligned=info.name not in unaligned)
 
     return LoadPlan(tuple(_plan_tensor(info, wanted[info.name], place) for info in tensors), chunk_size)
+
+
+def all_kernels(dtypes: Iterable[str], *, decode: DecodeOption, device: DeviceKind) -> dict[Decode, set[Pair]]:
+    """The pairs of type and dtype that any load with these settings may decode, by place.
+
+    Raises ``OptionsError`` for a dtype that nothing is decoded to.
+    """
+    parsed = [dtype for text in dtypes if (dtype := _parse(text)) is not None]
+    kernels: dict[Decode, set[Pair]] = {Decode.DEVICE: set(), Decode.HOST: set()}
+    by_device = cuda.can_decode if device == "cuda" else can_decode
+    for pair in product(GGMLType, parsed):
+        if native_dtype(pair[0]) is pair[1]:
+            continue
+        if decode == "device" or (decode, device) == ("auto", "cuda"):
+            if by_device(*pair):
+                kernels[Decode.DEVICE].add(pair)
+        elif can_decode(*pair):
+            kernels[Decode.HOST].add(pair)
+    return kernels
 
 
 def _wanted_dtypes(header: Header, spec: DtypeSpec) -> dict[str, DType | None]:

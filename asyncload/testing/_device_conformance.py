@@ -13,6 +13,7 @@ import pytest
 
 from asyncload.device import Device, DeviceMemory, StagingMemory, Stream
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError, RangeError
+from asyncload.testing._decode_conformance import DecodeConformance
 
 __all__ = ["DeviceConformance", "Rig"]
 
@@ -68,7 +69,7 @@ class Rig:
             self.device.free(memory)
 
 
-class DeviceConformance(ABC):
+class DeviceConformance(DecodeConformance, ABC):
     """The contract of ``asyncload.device.Device`` as tests.
 
     A subclass supplies the fixture ``device``, an open device that it closes afterwards, and ``hold``.

@@ -6,6 +6,7 @@ import asyncio
 import random
 import types
 from collections.abc import Callable, Coroutine, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from asyncload.device import HostDevice
 from asyncload.events import Progress
 from asyncload.loader import Loader
 from asyncload.model import Model
-from asyncload.options import Options
+from asyncload.options import DecodeOption, Options
 from asyncload.threads import run_in_thread
 
 SMALL = Options(chunk_size=64 << 10, staging=256 << 10, threads=2, streams=2)
@@ -59,9 +60,11 @@ async def check_whole(loader: Loader, path: Path, expected: Model, dtype: str) -
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("dtype", ["packed", "bf16"])
-async def test_a_scope_cancelled_at_every_suspension(model_path: Path, nothing_left: Any, dtype: str) -> None:
-    async with Loader(slow_device(), options=SMALL) as loader:
+@pytest.mark.parametrize(("dtype", "decode"), [("packed", "auto"), ("bf16", "host"), ("bf16", "device")])
+async def test_a_scope_cancelled_at_every_suspension(
+    model_path: Path, nothing_left: Any, dtype: str, decode: DecodeOption
+) -> None:
+    async with Loader(slow_device(), options=replace(SMALL, decode=decode)) as loader:
         expected = await loader.load(model_path, dtype=dtype)
         async with nothing_left(loader):
             for turn in range(1, 1000):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from asyncload.events import Progress, ProgressStream
 from asyncload.gguf import Header
 from asyncload.loader import Loader, load, read_header
 from asyncload.model import Model
-from asyncload.options import Options
+from asyncload.options import DecodeOption, Options
 from asyncload.source import MemorySource, open_source
 from asyncload.testing import AsyncOnlySource, FaultySource, synthesize
 from asyncload.threads import run_in_thread
@@ -72,9 +73,12 @@ async def test_packed_gives_the_bytes_of_the_file(model_path: Path) -> None:
     assert (norm.dtype, norm.shape) == ("float32", header.tensors["output_norm.weight"].shape)
 
 
+@pytest.mark.parametrize("decode", ["host", "device"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-async def test_decoded_gives_what_gguf_py_gives(model_path: Path, dtype: str) -> None:
-    model = await load(model_path, device="host", options=SMALL, dtype=dtype)
+async def test_decoded_gives_what_gguf_py_gives(model_path: Path, dtype: str, decode: DecodeOption) -> None:
+    model = await load(model_path, device="host", options=replace(SMALL, decode=decode), dtype=dtype)
+    bus = sum(info.nbytes for info in model.header.tensors.values()) if decode == "device" else model.nbytes
+    assert (model.stats.bytes_uploaded, model.stats.nbytes) == (bus, model.nbytes)
     for name, tensor in model.items():
         expected = reference(model_path, model.header, name)
         assert tensor.dtype == dtype

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pytest
 
 from asyncload.device import DeviceMemory, open_device
 from asyncload.loader import Loader, load
+from asyncload.memory import Purpose
 from asyncload.model import Tensor
-from asyncload.options import Options
+from asyncload.options import DecodeOption, Options
 from asyncload.testing import synthesize
 from asyncload.threads import run_in_thread
 
@@ -37,10 +39,11 @@ def on_host(loader_device: Any, model: Mapping[str, Tensor]) -> dict[str, bytes]
     return result
 
 
+@pytest.mark.parametrize("decode", ["device", "host"])
 @pytest.mark.parametrize("dtype", ["packed", "float32", "float16", "bfloat16"])
-async def test_the_device_gets_what_the_host_gets(model_path: Path, dtype: str) -> None:
+async def test_the_device_gets_what_the_host_gets(model_path: Path, dtype: str, decode: DecodeOption) -> None:
     expected = await load(model_path, device="host", dtype=dtype)
-    async with Loader("cuda:0", options=SMALL) as loader:
+    async with Loader("cuda:0", options=replace(SMALL, decode=decode)) as loader:
         model = await loader.load(model_path, dtype=dtype)
         found = await run_in_thread(on_host, loader.device, model)
         assert list(model) == list(expected)
@@ -84,10 +87,35 @@ async def test_cupy_has_the_tensors(model_path: Path) -> None:
         assert np.array_equal(cupy.asnumpy(cupy.asarray(tensor)), expected[name].numpy()), name
 
 
-async def test_cancelled_loads_leave_the_drivers_memory_as_it_was(model_path: Path) -> None:
+@pytest.mark.torch
+async def test_a_target_that_kernels_cannot_store_to_is_filled_all_the_same(model_path: Path) -> None:
+    torch: Any = pytest.importorskip("torch")
+    name = "blk.0.ffn_down.weight"
+    host = (await load(model_path, device="host", dtype="f16", select=name))[name].numpy()
+    room = torch.zeros(host.size + 8, dtype=torch.float16, device="cuda")
+    target = room[1 : 1 + host.size].view(host.shape)
+    async with Loader("cuda", options=SMALL) as loader:
+        model = await loader.load(model_path, dtype="f16", select=name, into={name: target})
+        assert model.stats.bytes_uploaded == host.nbytes, "it was decoded before the bus"
+    assert np.array_equal(target.cpu().numpy(), host)
+    assert room[0] == 0
+    assert (room[1 + host.size :] == 0).all()
+
+
+async def test_packed_bytes_cross_the_bus_and_the_scratch_is_gone_afterwards(model_path: Path) -> None:
+    async with Loader("cuda", options=SMALL) as loader:
+        model = await loader.load(model_path, dtype="bf16")
+        assert model.stats.bytes_uploaded == sum(info.nbytes for info in model.header.tensors.values())
+        await run_in_thread(loader.tracker.flush)
+        assert loader.tracker.by_purpose() == {Purpose.WEIGHTS: model.nbytes}
+
+
+@pytest.mark.parametrize("dtype", ["packed", "bf16"])
+async def test_cancelled_loads_leave_the_drivers_memory_as_it_was(model_path: Path, dtype: str) -> None:
     rng = random.Random(0)
     async with Loader("cuda", options=SMALL) as loader:
-        expected = await loader.load(model_path)
+        expected = await loader.load(model_path, dtype=dtype)
+        await run_in_thread(loader.tracker.flush)
         before = await run_in_thread(loader.device.memory)
         for _ in range(60):
             last, seen = rng.randrange(40), 0
@@ -99,11 +127,11 @@ async def test_cancelled_loads_leave_the_drivers_memory_as_it_was(model_path: Pa
                     if seen > last:
                         scope.cancel()
 
-                (await loader.load(model_path, progress=count)).close()
+                (await loader.load(model_path, dtype=dtype, progress=count)).close()
             await run_in_thread(loader.tracker.flush)
             assert await run_in_thread(loader.device.memory) == before
             assert loader._active().staging.free == SMALL.buffers
-        model = await loader.load(model_path)
+        model = await loader.load(model_path, dtype=dtype)
         found = await run_in_thread(on_host, loader.device, model)
         assert found == await run_in_thread(on_host, loader.device, expected)
 

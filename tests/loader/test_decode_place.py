@@ -1,0 +1,131 @@
+"""Where a load's tensors are decoded, and what that takes on the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from asyncload.device import DeviceInfo, HostDevice
+from asyncload.errors import BackendUnavailableError, CopyError, OutOfDeviceMemoryError, TargetError
+from asyncload.events import Progress
+from asyncload.gguf import GGMLType
+from asyncload.loader import Loader, load
+from asyncload.memory import Purpose
+from asyncload.options import Options
+from asyncload.quant import DType
+from asyncload.threads import run_in_thread
+
+pytestmark = pytest.mark.anyio
+ON_DEVICE = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2, decode="device")
+SCRATCH = ON_DEVICE.streams * ON_DEVICE.chunk_size
+
+
+class WithoutCompiler(HostDevice):
+    """A device that calls itself CUDA's, and has no compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Collection[tuple[GGMLType, DType]]] = []
+
+    @property
+    def info(self) -> DeviceInfo:
+        return replace(super().info, name="cuda:0", kind="cuda")
+
+    def prepare(self, pairs: Collection[tuple[GGMLType, DType]]) -> None:
+        self.asked.append(pairs)
+        raise BackendUnavailableError("there is no NVRTC", device="cuda:0")
+
+
+async def test_without_a_compiler_the_host_decodes(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    device = WithoutCompiler()
+    async with Loader(device, options=replace(ON_DEVICE, decode="auto")) as loader:
+        with caplog.at_level(logging.WARNING, "asyncload.load"):
+            model = await loader.load(model_path, dtype="bf16")
+        assert model.stats.bytes_uploaded == model.nbytes
+        assert "decoding on the host" in caplog.text
+        assert "NVRTC" in caplog.text
+        assert (GGMLType.Q4_K, DType.BFLOAT16) in device.asked[0]
+
+
+async def test_where_the_device_was_asked_for_that_is_an_error(model_path: Path) -> None:
+    async with Loader(WithoutCompiler(), options=ON_DEVICE) as loader:
+        with pytest.raises(BackendUnavailableError):
+            await loader.load(model_path, dtype="bf16")
+
+
+async def test_a_packed_load_needs_no_compiler(model_path: Path) -> None:
+    async with Loader(WithoutCompiler(), options=ON_DEVICE) as loader:
+        assert (await loader.load(model_path)).stats.nbytes > 0
+
+
+async def test_scratch_is_there_while_loads_run_and_once_for_all_of_them(model_path: Path, nothing_left: Any) -> None:
+    seen: set[int] = set()
+    async with Loader(HostDevice(bandwidth=100e6), options=ON_DEVICE) as loader, nothing_left(loader):
+
+        def look(_: Progress) -> None:
+            seen.add(loader.tracker.by_purpose().get(Purpose.SCRATCH, 0))
+
+        async with loader.tensors(model_path, dtype="bf16") as tensors:
+            first = await anext(tensors)
+            (await loader.load(model_path, dtype="bf16", progress=look)).close()
+            first.close()
+        await run_in_thread(loader.tracker.flush)
+    assert max(seen) == SCRATCH
+
+
+async def test_a_packed_load_takes_no_scratch(model_path: Path) -> None:
+    sizes: list[int] = []
+    async with Loader(HostDevice(on_allocate=sizes.append), options=ON_DEVICE) as loader:
+        model = await loader.load(model_path)
+    assert sum(sizes) == model.nbytes
+
+
+async def test_no_room_for_the_scratch_is_said_before_a_byte_moves(model_path: Path, nothing_left: Any) -> None:
+    nbytes = (await load(model_path, device="host", options=ON_DEVICE, dtype="bf16")).nbytes
+    device = HostDevice(total_bytes=nbytes + SCRATCH - 1)
+    async with Loader(device, options=ON_DEVICE) as loader, nothing_left(loader):
+        with pytest.raises(OutOfDeviceMemoryError) as caught:
+            await loader.load(model_path, dtype="bf16")
+        assert caught.value.breakdown["weights"] == nbytes
+        assert caught.value.partial is not None
+        caught.value.partial.close()
+        await run_in_thread(loader.tracker.flush)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_copy_that_fails_ends_the_load(model_path: Path, nothing_left: Any, *, refused: bool) -> None:
+    device = HostDevice(poison=True)
+    async with Loader(device, options=ON_DEVICE) as loader, nothing_left(loader):
+        expected = await loader.load(model_path, dtype="bf16")
+        device.fail_upload(5, refused=refused)
+        with pytest.raises(CopyError) as caught:
+            await loader.load(model_path, dtype="bf16")
+        assert caught.value.tensor is not None
+        assert caught.value.partial is not None
+        model = await loader.load(model_path, dtype="bf16", resume=caught.value.partial)
+        for name, tensor in expected.items():
+            assert np.array_equal(model[name].numpy().view(np.uint16), tensor.numpy().view(np.uint16)), name
+        model.close()
+        expected.close()
+        await run_in_thread(loader.tracker.flush)
+
+
+async def test_a_buffer_of_the_callers_is_decoded_into(model_path: Path) -> None:
+    name = "blk.0.ffn_down.weight"
+    expected = (await load(model_path, device="host", dtype="f16", select=name))[name].numpy()
+    room = np.zeros(expected.nbytes + 64, np.uint8)
+    aligned = -room.ctypes.data % 16
+    target = room[aligned : aligned + expected.nbytes].view(np.float16).reshape(expected.shape)
+    await load(model_path, device="host", options=ON_DEVICE, dtype="f16", select=name, into={name: target})
+    assert np.array_equal(target, expected)
+    shifted = room[aligned + 2 : aligned + 2 + expected.nbytes].view(np.float16).reshape(expected.shape)
+    with pytest.raises(TargetError, match="16") as caught:
+        await load(model_path, device="host", options=ON_DEVICE, dtype="f16", select=name, into={name: shifted})
+    assert caught.value.tensor == name
+    assert np.array_equal(target, expected), "nothing was written"
