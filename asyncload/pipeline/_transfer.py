@@ -281,6 +281,9 @@ class Transfer:
             self._finished.set()
 
     def _name_tensor(self, error: BaseException, chunk: Chunk) -> None:
-        """Says which tensor a failed copy belonged to, the first of those that shared the chunk."""
-        if isinstance(error, CopyError) and error.tensor is None:
-            error.tensor = self._plan.tensors[chunk.segments[0].tensor].info.name
+        """Says which tensor failed work belonged to, the first of those that shared the chunk."""
+        name = self._plan.tensors[chunk.segments[0].tensor].info.name
+        if isinstance(error, CopyError):
+            error.tensor = error.tensor or name
+        else:
+            error.add_note(f"while {name} was on its way")

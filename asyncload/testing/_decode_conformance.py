@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from asyncload.device import DeviceMemory
 from asyncload.errors import DeviceError, PlanError, RangeError, UnsupportedQuantError
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, can_decode, decode, native_dtype
+from asyncload.quant import DType, can_decode, decode, native_dtype, prepare
 from asyncload.testing._blocks import random_blocks
 
 if TYPE_CHECKING:
@@ -32,8 +33,14 @@ _BLOCKS = 333
 _ROUNDS = 24
 
 
+@cache
+def _prepare_host() -> None:
+    prepare([pair.values for pair in _PAIRS])  # type: ignore[misc]  # all in one subprocess
+
+
 def _decoded(type_: GGMLType, dtype: DType, packed: bytes) -> bytes:
     """What the host's kernels make of blocks."""
+    _prepare_host()
     target = bytearray(len(packed) // type_.type_size * type_.block_size * dtype.itemsize)
     decode(type_, dtype, memoryview(packed), memoryview(target))
     return bytes(target)

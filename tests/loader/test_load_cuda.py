@@ -25,6 +25,9 @@ from asyncload.testing import synthesize
 from asyncload.threads import run_in_thread
 
 pytestmark = [pytest.mark.gpu, pytest.mark.anyio]
+# What the driver keeps or gives back of its own accord, for streams' first kernels; a scratch that leaked in each of a
+# test's 60 loads would be 7.5 MiB.
+DRIVERS_OWN = 4 << 20
 SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
 
 
@@ -129,7 +132,9 @@ async def test_cancelled_loads_leave_the_drivers_memory_as_it_was(model_path: Pa
 
                 (await loader.load(model_path, dtype=dtype, progress=count)).close()
             await run_in_thread(loader.tracker.flush)
-            assert await run_in_thread(loader.device.memory) == before
+            assert loader.tracker.by_purpose() == {Purpose.WEIGHTS: expected.nbytes}
+            after = await run_in_thread(loader.device.memory)
+            assert abs(after.free - before.free) <= DRIVERS_OWN
             assert loader._active().staging.free == SMALL.buffers
         model = await loader.load(model_path, dtype=dtype)
         found = await run_in_thread(on_host, loader.device, model)

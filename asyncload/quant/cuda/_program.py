@@ -87,7 +87,12 @@ class Kernel:
         self._block_size = type.block_size
         self.span = _GRID_SPAN if type.name.startswith(("IQ1", "IQ2", "IQ3")) else _SPAN
         self._alignment = ALIGNMENT if type.quantized else dtype.itemsize
-        self.registers = int(self._kernel.attributes.num_regs)  # asking loads it, for which a launch would wait
+        _load(self._kernel)
+
+    @property
+    def registers(self) -> int:
+        """How many registers a thread takes."""
+        return int(self._kernel.attributes.num_regs)
 
     def launch(self, stream: Any, source_address: int, target_address: int, n_blocks: int) -> None:
         """Enqueues the decoding of ``n_blocks`` blocks (weights, where the type has no blocks) on a stream.
@@ -104,3 +109,15 @@ class Kernel:
             config = self._core.LaunchConfig(grid=grid, block=_THREADS)
             stream = self._core.Stream.from_handle(stream.__cuda_stream__()[1])
             self._core.launch(stream, config, self._kernel, source_address, target_address, n_blocks)
+
+
+def _load(kernel: Any) -> None:
+    """Brings a kernel onto the device: else its first launch does, and waits there for whatever runs."""
+    driver = import_module("cuda.bindings.driver")
+    code, function = driver.cuKernelGetFunction(kernel.handle)
+    try:
+        code = code if int(code) != 0 else driver.cuFuncLoad(function)[0]
+    except RuntimeError:  # a driver older than the function (CUDA 12.4)
+        return
+    if int(code) != 0:
+        raise BackendUnavailableError(f"a decoding kernel cannot be loaded: {code.name}", device="cuda", code=code.name)
