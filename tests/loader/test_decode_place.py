@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ from asyncload.gguf import GGMLType
 from asyncload.loader import Loader, load
 from asyncload.memory import Purpose
 from asyncload.options import Options
-from asyncload.quant import DType
+from asyncload.quant import DType, decode
+from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
 
 pytestmark = pytest.mark.anyio
@@ -129,3 +132,24 @@ async def test_a_buffer_of_the_callers_is_decoded_into(model_path: Path) -> None
         await load(model_path, device="host", options=ON_DEVICE, dtype="f16", select=name, into={name: shifted})
     assert caught.value.tensor == name
     assert np.array_equal(target, expected), "nothing was written"
+
+
+async def test_one_large_tensor_is_decoded_by_all_workers_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of its pieces meet in the decoder: neither goes on before the other is there."""
+    path = tmp_path / "embedding.gguf"
+    packed = random_blocks(GGMLType.Q8_0, 262_144 * 2, seed=0)
+    await run_in_thread(write_gguf, path, {"token_embd.weight": (GGMLType.Q8_0, (262_144, 64), packed.data)})
+    both, calls = threading.Barrier(2, timeout=60), itertools.count()
+
+    def decode_together(*arguments: Any) -> None:
+        if next(calls) < 2:
+            both.wait()
+        decode(*arguments)
+
+    monkeypatch.setattr("asyncload.pipeline._transfer.decode", decode_together)
+    model = await load(path, device="host", options=replace(ON_DEVICE, decode="host"), dtype="f32")
+    wanted = bytearray(262_144 * 64 * 4)
+    await run_in_thread(decode, GGMLType.Q8_0, DType.FLOAT32, packed.data, memoryview(wanted))
+    assert model["token_embd.weight"].numpy().tobytes() == bytes(wanted)
