@@ -98,6 +98,13 @@ class Event(Protocol):
         """Sleeps (never spins) until all work before it has ended. Raises ``DeviceError`` if that work failed."""
         ...
 
+    def seconds_since(self, earlier: Event) -> float:
+        """The time between two events that have passed and were recorded with timing, by the device's clock.
+
+        Raises ``DeviceError`` for any others.
+        """
+        ...
+
 
 @runtime_checkable
 class Stream(Protocol):
@@ -125,8 +132,15 @@ class Stream(Protocol):
         """
         ...
 
-    def record(self) -> Event:
-        """Records and returns a new event after all work enqueued so far."""
+    def wait(self, event: Event) -> None:
+        """Makes the work that is enqueued after this wait, on the device, until an event has passed.
+
+        The event may be any stream's of this device. What failed before it does not stop the work after this.
+        """
+        ...
+
+    def record(self, *, timing: bool = False) -> Event:
+        """Records and returns a new event after all work enqueued so far; with ``timing`` it notes the time."""
         ...
 
     def close(self) -> None:
@@ -178,6 +192,15 @@ class Device(Protocol):
 
         Raises ``UnsupportedQuantError`` for a pair that has no kernel here, and ``BackendUnavailableError`` where the
         device's compiler is missing.
+        """
+        ...
+
+    def adopt(self, stream: object) -> Stream:
+        """A stream of another library, to enqueue on and to wait for; closing it leaves that library's stream open.
+
+        ``stream`` has ``__cuda_stream__`` (``cuda.core``'s, CuPy's, newer torch's), or a handle as ``cuda_stream``
+        (torch's) or ``ptr`` (CuPy's), or is the handle itself; a stream of this device is returned as it is. The caller
+        keeps it open. Raises ``DeviceError`` for anything else.
         """
         ...
 

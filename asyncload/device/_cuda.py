@@ -24,6 +24,7 @@ from typing import Any
 from asyncload.device._contract import (
     DeviceInfo,
     DeviceMemory,
+    Event,
     MemoryInfo,
     StagingMemory,
     check_decode,
@@ -98,25 +99,40 @@ def _mapping_errors(device: str, what: str, error: type[DeviceError] = DeviceErr
         raise error(f"{device}: {what}: {failure}", device=device, code=code) from failure
 
 
+def _handle(stream: Any) -> int:
+    """The address of a stream's handle, in any of the forms in which libraries give it."""
+    if isinstance(stream, int):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    return int(stream.cuda_stream if hasattr(stream, "cuda_stream") else stream.ptr)
+
+
 class CudaEvent:
     """An event that its waiters sleep on."""
 
-    __slots__ = ("_device", "_error", "_event")
+    __slots__ = ("_device", "_error", "event")
 
     def __init__(self, device: str, event: Any, error: type[DeviceError]) -> None:
         self._device = device
-        self._event = event
+        self.event: Any = event  #: ``cuda.core``'s
         self._error = error
 
     def done(self) -> bool:
         """Asks the driver."""
         with _mapping_errors(self._device, "work on the device failed", self._error):
-            return bool(self._event.is_done)
+            return bool(self.event.is_done)
 
     def synchronize(self) -> None:
         """Sleeps in the driver: the event was made with blocking synchronization."""
         with _mapping_errors(self._device, "work on the device failed", self._error):
-            self._event.sync()
+            self.event.sync()
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Asks the driver, which counts half microseconds."""
+        with _mapping_errors(self._device, "there is no time between two events"):
+            milliseconds = self.event - (earlier.event if isinstance(earlier, CudaEvent) else None)
+            return float(milliseconds) / 1e3
 
 
 class CudaStaging:
@@ -145,10 +161,10 @@ class CudaStaging:
 class CudaStream:
     """A stream that does not wait for the legacy default stream, nor it for this one."""
 
-    def __init__(self, device: CudaDevice, stream: Any, event_options: Any) -> None:
+    def __init__(self, device: CudaDevice, stream: Any, *, adopted: bool = False) -> None:
         self._device = device
         self._stream = stream
-        self._event_options = event_options
+        self._adopted = adopted
         self._lock = threading.Lock()
         self._open = True
         self.handle: Any = stream.handle  #: the ``CUstream``
@@ -189,17 +205,30 @@ class CudaStream:
             "a copy to the host", self._device.driver.cuMemcpyDtoHAsync(target, source, nbytes, self._usable_handle())
         )
 
-    def record(self) -> CudaEvent:
+    def wait(self, event: Event) -> None:
+        """Has the driver order the streams."""
+        self._usable_handle()
+        name = self._device.info.name
+        with _mapping_errors(name, "a stream could not be made to wait"):
+            if not isinstance(event, CudaEvent):
+                raise DeviceError(f"{name}: {event!r} is no event of a CUDA device", device=name)
+            self._stream.wait(event.event)
+
+    def record(self, *, timing: bool = False) -> CudaEvent:
         """Records an event; a failure of the device's work shows in it as ``CopyError``."""
         self._usable_handle()
         name = self._device.info.name
         with _mapping_errors(name, "an event could not be recorded"):
-            return CudaEvent(name, self._stream.record(options=self._event_options), CopyError)
+            options = self._device.timing_options if timing else self._device.event_options
+            return CudaEvent(name, self._stream.record(options=options), CopyError)
 
     def close(self) -> None:
         """Sleeps until the work has ended and gives the stream back."""
         with self._lock:
             if not self._open:
+                return
+            if self._adopted:
+                self._open = False
                 return
             self._device.attach()
             try:
@@ -243,7 +272,8 @@ class CudaDevice:
         with _mapping_errors(name, "the device could not be opened"):
             model = str(core.Device(index).name)
             # Without timing, which would make recording dearer; waiting threads sleep.
-            self._event_options = core.EventOptions(blocking_sync=True)
+            self.event_options = core.EventOptions(blocking_sync=True)
+            self.timing_options = core.EventOptions(blocking_sync=True, timing_enabled=True)
             core.Device(index).set_current()
         self._context = self.check("the current context", self.driver.cuCtxGetCurrent())
         total = self.memory().total
@@ -370,7 +400,15 @@ class CudaDevice:
         """Creates a non-blocking stream."""
         device = self._attached()
         with _mapping_errors(self._name, "a stream could not be created"):
-            return CudaStream(self, device.create_stream(), self._event_options)
+            return CudaStream(self, device.create_stream())
+
+    def adopt(self, stream: object) -> CudaStream:
+        """Takes the stream's handle."""
+        if isinstance(stream, CudaStream):
+            return stream
+        self.attach()
+        with _mapping_errors(self._name, f"{type(stream).__name__} is no CUDA stream"):
+            return CudaStream(self, self._core.Stream.from_handle(_handle(stream)), adopted=True)
 
     def barrier(self) -> CudaEvent:
         """Records an event in all streams of the context; where the driver cannot, waits for them here (spinning).
@@ -380,7 +418,7 @@ class CudaDevice:
         """
         device = self._attached()
         with _mapping_errors(self._name, "a barrier could not be set"):
-            event = device.create_event(self._event_options)
+            event = device.create_event(self.event_options)
             try:
                 (code,) = self.driver.cuCtxRecordEvent(self._context, event.handle)
                 supported = code.name not in _NO_CONTEXT_EVENTS

@@ -219,6 +219,12 @@ class HostDevice:
         with self._lock:
             self._streams.discard(stream)
 
+    def adopt(self, stream: object) -> HostStream:
+        """Takes no streams but its own."""
+        if not isinstance(stream, HostStream):
+            raise DeviceError(f"{_NAME}: {type(stream).__name__} is no stream of a host device", device=_NAME)
+        return stream
+
     def barrier(self) -> PassedAll:
         """Passes after the work of all streams and of whoever holds the device."""
         with self._lock:

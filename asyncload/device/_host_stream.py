@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
-from asyncload.device._contract import DeviceMemory, StagingMemory, check_decode, check_upload
+from asyncload.device._contract import DeviceMemory, Event, StagingMemory, check_decode, check_upload
 from asyncload.errors import CopyError, DeviceError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, decode
@@ -135,11 +135,12 @@ class CopyEngine:
 class HostEvent:
     """Passes once its stream has come to it, with the first error of the work since the event recorded before it."""
 
-    __slots__ = ("_error", "_passed")
+    __slots__ = ("_error", "_passed", "passed_at")
 
     def __init__(self) -> None:
         self._passed = threading.Event()
         self._error: DeviceError | None = None
+        self.passed_at: float | None = None  #: in seconds of ``time.perf_counter``
 
     def done(self) -> bool:
         """Whether it has passed."""
@@ -154,9 +155,20 @@ class HostEvent:
         if self._error is not None:
             raise self._error
 
+    def seconds_since(self, earlier: Event) -> float:
+        """By the host's clock."""
+        if not isinstance(earlier, HostEvent) or self.passed_at is None or earlier.passed_at is None:
+            raise DeviceError("host: there is no time between events that have not passed", device="host")
+        return self.passed_at - earlier.passed_at
+
+    def wait(self) -> None:
+        """Sleeps until it has passed, however the work before it ended."""
+        self._passed.wait()
+
     def finish(self, error: DeviceError | None) -> None:
         """Makes it pass; on its stream's thread."""
         self._error = error
+        self.passed_at = time.perf_counter()
         self._passed.set()
 
 
@@ -188,6 +200,10 @@ class PassedAll:
         """Sleeps until all marks are set."""
         for mark in self._marks:
             mark.wait()
+
+    def seconds_since(self, earlier: Event) -> float:  # noqa: ARG002 - the contract's
+        """It notes no time."""
+        raise DeviceError("host: a barrier notes no time", device="host")
 
 
 class HostStream:
@@ -244,7 +260,16 @@ class HostStream:
             self._engine.begin(work)
             self._work.put(partial(self._decode, type, dtype, work))
 
-    def record(self) -> HostEvent:
+    def wait(self, event: Event) -> None:
+        """Has the thread sleep until an event has passed."""
+        self._check()
+        if not isinstance(event, HostEvent):
+            raise DeviceError(
+                f"{self._engine.device}: {event!r} is no event of a host stream", device=self._engine.device
+            )
+        self._work.put(event.wait)
+
+    def record(self, *, timing: bool = False) -> HostEvent:  # noqa: ARG002 - every event takes the time
         """Records an event."""
         self._check()
         event = HostEvent()

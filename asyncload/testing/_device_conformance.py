@@ -317,6 +317,52 @@ class DeviceConformance(DecodeConformance, ABC):
             barrier.synchronize()
             assert barrier.done()
 
+    def test_a_stream_waits_for_an_event_of_another(self, rig: Rig) -> None:
+        contents, memory, other = [_content(_PAGE, seed) for seed in range(2)], rig.allocate(_PAGE), rig.device.stream()
+        first, second = (rig.stage(content) for content in contents)
+        with self.hold(rig.device, rig.stream):
+            rig.stream.upload(memory, 0, first, 0, _PAGE)
+            other.wait(rig.stream.record())
+            other.upload(memory, 0, second, 0, _PAGE)
+            event = other.record()
+            assert not event.done()
+        event.synchronize()
+        assert rig.read(memory) == contents[1]
+        other.close()
+
+    def test_an_event_that_has_passed_holds_nobody(self, rig: Rig) -> None:
+        other, event = rig.device.stream(), rig.stream.record()
+        event.synchronize()
+        with self.hold(rig.device, rig.stream):
+            other.wait(event)
+            other.record().synchronize()
+        other.close()
+
+    def test_events_tell_the_time_between_them(self, rig: Rig) -> None:
+        begin = rig.stream.record(timing=True)
+        with self.hold(rig.device, rig.stream) as release:
+            end = rig.stream.record(timing=True)
+            release()
+        end.synchronize()
+        assert end.seconds_since(begin) > 0
+        assert begin.seconds_since(end) == -end.seconds_since(begin)
+
+    def test_events_that_have_not_passed_have_no_time(self, rig: Rig) -> None:
+        begin = rig.stream.record(timing=True)
+        begin.synchronize()
+        with self.hold(rig.device, rig.stream):
+            end = rig.stream.record(timing=True)
+            with pytest.raises(DeviceError):
+                end.seconds_since(begin)
+
+    def test_its_own_streams_are_adopted_as_they_are(self, rig: Rig) -> None:
+        assert rig.device.adopt(rig.stream) is rig.stream
+
+    @pytest.mark.parametrize("stream", [object(), "stream", None])
+    def test_what_is_no_stream_is_not_adopted(self, rig: Rig, stream: object) -> None:
+        with pytest.raises(DeviceError):
+            rig.device.adopt(stream)
+
     def test_closing_a_stream_waits_for_its_work(self, rig: Rig) -> None:
         nbytes = 8 << 20
         content, memory = _content(nbytes), rig.allocate(nbytes)
