@@ -98,9 +98,11 @@ class Transfer:
         try:
             await self._run_tasks()
         finally:
-            await self._drain()
-            if self._scratch:
-                self._engine.scratch.release()
+            try:
+                await self._drain()
+            finally:  # the wait ends with the cancellation that it outlasted
+                if self._scratch:
+                    self._engine.scratch.release()
         error, self._error = self._error, None
         if error is not None:
             try:

@@ -25,6 +25,12 @@ from asyncload.threads import run_in_thread
 SMALL = Options(chunk_size=64 << 10, staging=256 << 10, threads=2, streams=2)
 
 
+@pytest.fixture(params=["host", "device"])
+def options(request: pytest.FixtureRequest) -> Options:
+    """Decoding at either place, so that nothing is left of a scratch either."""
+    return replace(SMALL, decode=request.param)
+
+
 def slow_device() -> HostDevice:
     """Slow enough that copies are under way at any moment, and poisoned, so that a stale buffer would show."""
     return HostDevice(bandwidth=400e6, poison=True)
@@ -85,10 +91,10 @@ async def test_a_scope_cancelled_at_every_suspension(
 @pytest.mark.asyncio
 @pytest.mark.parametrize("again", [0, 1, 5])
 async def test_a_task_cancelled_at_every_suspension_and_again_during_the_cleanup(
-    model_path: Path, nothing_left: Any, again: int
+    model_path: Path, nothing_left: Any, again: int, options: Options
 ) -> None:
-    async with Loader(slow_device(), options=SMALL) as loader:
-        expected = await loader.load(model_path)
+    async with Loader(slow_device(), options=options) as loader:
+        expected = await loader.load(model_path, dtype="bf16")
         async with nothing_left(loader):
             for turn in range(1, 1000):
                 task: asyncio.Task[Model] = asyncio.ensure_future(_turn(loader, model_path, turn))
@@ -106,21 +112,23 @@ async def test_a_task_cancelled_at_every_suspension_and_again_during_the_cleanup
                     break
             else:
                 pytest.fail("the load never completed")
-            await check_whole(loader, model_path, expected, "packed")
+            await check_whole(loader, model_path, expected, "bf16")
             await run_in_thread(loader.tracker.flush)
 
 
 async def _turn(loader: Loader, path: Path, turn: int) -> Model:
     task = asyncio.current_task()
     assert task is not None
-    model: Model = await cancel_at(loader.load(path), turn, task.cancel)
+    model: Model = await cancel_at(loader.load(path, dtype="bf16"), turn, task.cancel)
     return model
 
 
 @pytest.mark.anyio
-async def test_cancelled_after_any_number_of_turns_of_the_loop(model_path: Path, nothing_left: Any) -> None:
+async def test_cancelled_after_any_number_of_turns_of_the_loop(
+    model_path: Path, nothing_left: Any, options: Options
+) -> None:
     rng = random.Random(0)
-    async with Loader(slow_device(), options=SMALL) as loader:
+    async with Loader(slow_device(), options=options) as loader:
         expected = await loader.load(model_path, dtype="bf16")
         async with nothing_left(loader):
             for _ in range(60):
@@ -140,13 +148,13 @@ async def test_cancelled_after_any_number_of_turns_of_the_loop(model_path: Path,
 
 
 @pytest.mark.anyio
-async def test_cancelled_after_any_chunk(model_path: Path, nothing_left: Any) -> None:
+async def test_cancelled_after_any_chunk(model_path: Path, nothing_left: Any, options: Options) -> None:
     """Some hundreds of loads, each ended after a random number of chunks, over a slow device with poisoned buffers."""
     rng = random.Random(1)
-    async with Loader(slow_device(), options=SMALL) as loader:
-        expected = await loader.load(model_path)
+    async with Loader(slow_device(), options=options) as loader:
+        expected = await loader.load(model_path, dtype="bf16")
         chunks: list[Progress] = []
-        (await loader.load(model_path, progress=chunks.append)).close()
+        (await loader.load(model_path, dtype="bf16", progress=chunks.append)).close()
         async with nothing_left(loader):
             for _ in range(100):
                 last = rng.randrange(len(chunks))
@@ -159,23 +167,25 @@ async def test_cancelled_after_any_chunk(model_path: Path, nothing_left: Any) ->
                         if seen > last:
                             scope.cancel()
 
-                    (await loader.load(model_path, progress=count)).close()
-            await check_whole(loader, model_path, expected, "packed")
+                    (await loader.load(model_path, dtype="bf16", progress=count)).close()
+            await check_whole(loader, model_path, expected, "bf16")
             await run_in_thread(loader.tracker.flush)
 
 
 @pytest.mark.asyncio
-async def test_asyncio_timeout(model_path: Path, nothing_left: Any) -> None:
-    async with Loader(HostDevice(bandwidth=5e6, poison=True), options=SMALL) as loader, nothing_left(loader):
+async def test_asyncio_timeout(model_path: Path, nothing_left: Any, options: Options) -> None:
+    async with Loader(HostDevice(bandwidth=5e6, poison=True), options=options) as loader, nothing_left(loader):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await loader.load(model_path)
+                await loader.load(model_path, dtype="bf16")
 
 
 @pytest.mark.asyncio
-async def test_the_end_of_the_loop_cancels_every_task_of_a_load(model_path: Path, nothing_left: Any) -> None:
+async def test_the_end_of_the_loop_cancels_every_task_of_a_load(
+    model_path: Path, nothing_left: Any, options: Options
+) -> None:
     """As ``asyncio.run`` does: all tasks natively, the pipeline's own too, again and again."""
-    async with Loader(slow_device(), options=SMALL) as loader, nothing_left(loader):
+    async with Loader(slow_device(), options=options) as loader, nothing_left(loader):
         started = anyio.Event()
         before = asyncio.all_tasks()
 
@@ -183,7 +193,7 @@ async def test_the_end_of_the_loop_cancels_every_task_of_a_load(model_path: Path
             if progress.stage == "load":  # all tasks have begun: anyio cannot close a coroutine that has not
                 started.set()
 
-        load = asyncio.ensure_future(loader.load(model_path, progress=begun))
+        load = asyncio.ensure_future(loader.load(model_path, dtype="bf16", progress=begun))
         await started.wait()
         while not load.done():
             for task in asyncio.all_tasks() - before:
@@ -194,13 +204,13 @@ async def test_the_end_of_the_loop_cancels_every_task_of_a_load(model_path: Path
 
 
 @pytest.mark.anyio
-async def test_one_of_two_loads_is_cancelled(model_path: Path, nothing_left: Any) -> None:
-    async with Loader(slow_device(), options=SMALL) as loader:
-        expected = await loader.load(model_path)
+async def test_one_of_two_loads_is_cancelled(model_path: Path, nothing_left: Any, options: Options) -> None:
+    async with Loader(slow_device(), options=options) as loader:
+        expected = await loader.load(model_path, dtype="bf16")
         async with nothing_left(loader):
             for _ in range(10):
                 async with anyio.create_task_group() as group:
-                    group.start_soon(check_whole, loader, model_path, expected, "packed")
+                    group.start_soon(check_whole, loader, model_path, expected, "bf16")
                     with anyio.CancelScope() as scope:
                         await loader.load(model_path, dtype="bf16", progress=lambda _, s=scope: s.cancel())
                     assert scope.cancelled_caught
