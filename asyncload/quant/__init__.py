@@ -83,6 +83,17 @@ _DECODED: Final = frozenset(
         GGMLType.Q4_K,
         GGMLType.Q5_K,
         GGMLType.Q6_K,
+        GGMLType.IQ1_S,
+        GGMLType.IQ1_M,
+        GGMLType.IQ2_XXS,
+        GGMLType.IQ2_XS,
+        GGMLType.IQ2_S,
+        GGMLType.IQ3_XXS,
+        GGMLType.IQ3_S,
+        GGMLType.IQ4_NL,
+        GGMLType.IQ4_XS,
+        GGMLType.MXFP4,
+        GGMLType.NVFP4,
     }
 )
 _FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})

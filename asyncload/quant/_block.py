@@ -6,7 +6,7 @@ auto-vectorizer, and LLVM cuts the vectors into what the processor has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from asyncload.quant import DType
 from asyncload.quant._rounding import float_to_bfloat16, float_to_half, half_to_float
 from asyncload.quant._vector import HALF, I8, I16, I32, I64, Lane, Vector, constant, ir
 
-__all__ = ["Block", "Decoder", "Processor"]
+__all__ = ["Block", "Decoder", "Processor", "Table"]
 
 _CACHE_LINE: Final = 64  # bytes
 _PREFETCH_AHEAD: Final = 2048  # bytes: far enough for memory to answer, near enough to stay in the first-level cache
@@ -29,11 +29,21 @@ class Processor:
     """What the processor that is compiled for can do beyond the portable code.
 
     ``half``: it converts between float16 and float32 (where it cannot, LLVM would call library functions that the
-    process does not have). ``permute``: it looks lanes up in a register by variable index (AVX-512BW).
+    process does not have). ``permute``: it looks lanes up in a register by variable index (AVX-512BW). ``look_up``: the
+    LLVM intrinsic that looks bytes up in a register of sixteen (SSSE3, AArch64), if there is one.
     """
 
     half: bool
     permute: bool
+    look_up: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Entries of four or eight bytes, which are kept beside the machine code."""
+
+    name: str
+    entries: Sequence[bytes]
 
 
 class Block:
@@ -59,7 +69,11 @@ class Block:
 
     def halves(self, offset: int, lanes: int) -> Vector:
         """``lanes`` consecutive float16 numbers, as float32."""
-        return half_to_float(self.load(offset, lanes, HALF), native=self._processor.half)
+        return self.to_float(self.load(offset, lanes, HALF))
+
+    def to_float(self, halves: Vector) -> Vector:
+        """Float16 numbers, or their bits, as float32."""
+        return half_to_float(halves, native=self._processor.half)
 
     def half(self, offset: int) -> Lane:
         """One float16 number, as float32.
@@ -79,6 +93,51 @@ class Block:
         """``count`` bits, the lowest first, as bytes of 0 or 1."""
         return self.load(offset, count // 8).cast(ir.IntType(1)).widen(I8)
 
+    # --- tables ------------------------------------------------------------------------------------------------------
+
+    def look_up(self, values: Sequence[int], codes: Vector) -> Vector:
+        """The signed byte that each code, of four bits, has among sixteen values."""
+        if not self._processor.look_up:
+            found = codes.fill(values[0])
+            for code, value in enumerate(values[1:], 1):
+                found = (codes.equals(code)).select(codes.fill(value), found)
+            return found
+        table = Vector(self._builder, constant(I8, values))
+        parts = [
+            self._call(self._processor.look_up, table, codes.part(start, _PIECE))
+            for start in range(0, codes.lanes, _PIECE)
+        ]
+        return parts[0] if len(parts) == 1 else parts[0].join(parts[1])
+
+    def entries(self, table: Table, indices: Vector) -> Vector:
+        """The bytes of the table's entries at ``indices``, one entry after the other.
+
+        Each is a load of its own, as these are faster than the processors' gathering ones.
+        """
+        start = self._table(table)
+        element = start.type.pointee.element
+        found = ir.Constant(ir.VectorType(element, indices.lanes), ir.Undefined)
+        for lane in range(indices.lanes):
+            number = ir.Constant(I32, lane)
+            index = self._builder.zext(self._builder.extract_element(indices.value, number), I64)
+            entry = self._builder.load(self._builder.gep(start, [ir.Constant(I64, 0), index], inbounds=True))
+            found = self._builder.insert_element(found, entry, number)
+        return Vector(self._builder, found).cast(I8)
+
+    def _table(self, table: Table) -> Any:
+        """The address of a constant of the module that is compiled."""
+        module = self._builder.module
+        name = f"asyncload.{table.name}"
+        if (variable := module.globals.get(name)) is None:
+            element = ir.IntType(8 * len(table.entries[0]))
+            kind = ir.ArrayType(element, len(table.entries))
+            words = [ir.Constant(element, int.from_bytes(entry, "little")) for entry in table.entries]
+            variable = ir.GlobalVariable(module, kind, name)
+            variable.linkage, variable.global_constant, variable.unnamed_addr = "private", True, True
+            variable.align = _CACHE_LINE
+            variable.initializer = ir.Constant(kind, words)
+        return variable
+
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def store(self, index: int, values: Vector) -> None:
@@ -87,16 +146,22 @@ class Block:
         for start in range(0, values.lanes, lanes):
             self._write(index + start, self._round(values.part(start, lanes)))
 
-    def decode(self, index: int, codes: Vector, n_bits: int, value: Callable[[Vector], Vector]) -> None:
+    def decode(
+        self, index: int, codes: Vector, n_bits: int, value: Callable[[Vector], Vector], *, runs: int = 1
+    ) -> None:
         """Stores ``value(codes)`` for 32 codes of ``n_bits`` bits, from weight ``index`` on.
 
-        Where the processor can look them up, ``value`` is computed, and rounded, once for each code that can occur.
+        Where the processor can look them up, ``value`` is computed, and rounded, once for each code that can occur, in
+        each of ``runs`` equal runs of the codes: to ``value`` the lanes of what it is given are as many equal runs.
+        There are 16 or 32 such codes.
         """
         if not self._processor.permute:
             self.store(index, value(codes))
             return
-        every = Vector(self._builder, constant(I8, range(_PIECE)))
-        table = [self._round(value(every + start)) for start in range(0, 1 << n_bits, _PIECE)]
+        every = value(Vector(self._builder, constant(I8, [*range(1 << n_bits)] * runs)))
+        table = [self._round(every.part(start, _PIECE)) for start in range(0, every.lanes, _PIECE)]
+        if runs > 1:
+            codes |= [lane * runs // codes.lanes << n_bits for lane in range(codes.lanes)]
         if self._dtype is DType.FLOAT32:
             for start in range(0, codes.lanes, _PIECE):
                 self._write(index + start, self._look_up_float(table, codes.part(start, _PIECE).widen(I32)))

@@ -18,22 +18,32 @@ import numba.core.registry
 import numba.extending
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, _block, _floats, _kquants, _legacy, _rounding, _vector
+from asyncload.quant import DType, _block, _floats, _fp4, _iquants, _kquants, _legacy, _rounding, _tables, _vector
 from asyncload.quant._block import Block, Decoder, Processor
 from asyncload.quant._vector import I8, I64, ir
 
 __all__ = ["DECODERS", "KERNEL", "processor", "signature"]
 
-DECODERS: Final[dict[GGMLType, Decoder]] = {**_floats.DECODERS, **_legacy.DECODERS, **_kquants.DECODERS}
+DECODERS: Final[dict[GGMLType, Decoder]] = {
+    **_floats.DECODERS,
+    **_legacy.DECODERS,
+    **_kquants.DECODERS,
+    **_iquants.DECODERS,
+    **_fp4.DECODERS,
+}
 
 # Numba carries no types.
 _nb: Any = numba
 _extending: Any = numba.extending
 _registry: Any = numba.core.registry
 
-_SOURCES: Final = (_block, _floats, _kquants, _legacy, _rounding, _vector)
+_SOURCES: Final = (_block, _floats, _fp4, _iquants, _kquants, _legacy, _rounding, _tables, _vector)
 _BULK: Final = 32  # weights of a plain float type that are decoded at a time
-_LEVELS: Final = {"x86-64-v3": {"f16c"}, "x86-64-v4": {"f16c", "avx512bw"}}  # of the psABI's processor levels
+_LEVELS: Final = {  # of the psABI's processor levels
+    "x86-64-v2": {"ssse3"},
+    "x86-64-v3": {"ssse3", "f16c"},
+    "x86-64-v4": {"ssse3", "f16c", "avx512bw"},
+}
 
 
 def _target() -> tuple[str, str, str]:
@@ -47,8 +57,10 @@ def processor() -> Processor:
     triple, name, flags = _target()
     features = {flag[1:] for flag in flags.split(",") if flag.startswith("+")} | _LEVELS.get(name, set())
     features -= {flag[1:] for flag in flags.split(",") if flag.startswith("-")}
-    half = "f16c" in features or triple.startswith(("aarch64", "arm64"))
-    return Processor(half=half, permute="avx512bw" in features)
+    if triple.startswith(("aarch64", "arm64")):
+        return Processor(half=True, permute=False, look_up="llvm.aarch64.neon.tbl1.v16i8")
+    look_up = "llvm.x86.ssse3.pshuf.b.128" if "ssse3" in features else ""
+    return Processor(half="f16c" in features, permute="avx512bw" in features, look_up=look_up)
 
 
 @cache
@@ -59,9 +71,9 @@ def _version() -> str:
     whatever happened to the index.
     """
     digest = sha256(repr((_target(), numba.__version__)).encode())
-    for module in _SOURCES:
+    for path in (*(Path(str(module.__file__)) for module in _SOURCES), _tables.origin()):
         try:
-            digest.update(Path(str(module.__file__)).read_bytes())
+            digest.update(path.read_bytes())
         except OSError:  # a frozen application has no sources; Numba watches the executable then
             continue
     return digest.hexdigest()[:16]

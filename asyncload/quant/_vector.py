@@ -28,18 +28,20 @@ def constant(element: Any, values: Sequence[float]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One lane of a vector, as an operand that spreads over all lanes of the other."""
+    """One lane of a vector, as an operand that spreads over all lanes of the other; of ``count``, each over a share."""
 
     vector: Vector
     index: int
+    count: int = 1
 
     def spread(self, lanes: int) -> Vector:
-        """A vector that has this lane in each of its lanes."""
-        return self.vector.pick([self.index] * lanes)
+        """A vector that has this lane in each of its lanes, or consecutive ones from it on in equal runs."""
+        share = lanes // self.count
+        return self.vector.pick([self.index + lane // share for lane in range(lanes)])
 
 
 class Vector:
-    """An LLVM vector; operators act lane by lane with another vector, one lane of it, or a number.
+    """An LLVM vector; operators act lane by lane with another vector, one lane of it, a number, or one for each lane.
 
     The lanes are integers or floats and never change by themselves: ``to_float``, ``widen`` and ``narrow`` say so.
     """
@@ -65,6 +67,8 @@ class Vector:
             return other.spread(self.lanes).value
         if isinstance(other, Vector):
             return other.value
+        if isinstance(other, Sequence):
+            return constant(self.element, other)
         return constant(self.element, [other] * self.lanes)
 
     def _apply(self, integers: str, floats: str, other: Operand) -> Vector:
@@ -86,6 +90,9 @@ class Vector:
     def __or__(self, other: Operand) -> Vector:
         return self._apply("or_", "", other)
 
+    def __xor__(self, other: Operand) -> Vector:
+        return self._apply("xor", "", other)
+
     def __lshift__(self, other: Operand) -> Vector:
         return self._apply("shl", "", other)
 
@@ -94,6 +101,10 @@ class Vector:
 
     def __lt__(self, other: Operand) -> Vector:
         return Vector(self.builder, self.builder.icmp_unsigned("<", self.value, self._operand(other)))
+
+    def equals(self, other: Operand) -> Vector:
+        """Truth values: which lanes are the same integers."""
+        return Vector(self.builder, self.builder.icmp_unsigned("==", self.value, self._operand(other)))
 
     def is_nan(self) -> Vector:
         """Truth values: which lanes are no number."""
@@ -107,13 +118,20 @@ class Vector:
         """A vector like this one with the same number in each lane."""
         return Vector(self.builder, constant(self.element, [value] * self.lanes))
 
-    def __getitem__(self, index: int) -> Lane:
+    def __getitem__(self, index: int | slice) -> Lane:
+        if isinstance(index, slice):
+            lanes = range(self.lanes)[index]
+            return Lane(self, lanes[0], len(lanes))
         return Lane(self, index)
 
     def pick(self, indices: Sequence[int]) -> Vector:
         """The lanes at ``indices``, in their order."""
         undefined = ir.Constant(self.value.type, ir.Undefined)
         return Vector(self.builder, self.builder.shuffle_vector(self.value, undefined, constant(I32, indices)))
+
+    def repeat(self, count: int) -> Vector:
+        """Each lane ``count`` times."""
+        return self[:].spread(count * self.lanes)
 
     def part(self, start: int, lanes: int) -> Vector:
         """``lanes`` consecutive lanes."""
@@ -143,7 +161,7 @@ class Vector:
         return Vector(self.builder, self.builder.sitofp(wide, ir.VectorType(FLOAT, self.lanes)))
 
 
-Operand = Vector | Lane | float
+Operand = Vector | Lane | Sequence[int] | float
 
 
 def _width(element: Any) -> int:
