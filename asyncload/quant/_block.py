@@ -95,12 +95,15 @@ class Block:
 
     # --- tables ------------------------------------------------------------------------------------------------------
 
-    def look_up(self, values: Sequence[int], codes: Vector) -> Vector:
-        """The signed byte that each code, of four bits, has among sixteen values."""
+    def scaled(self, values: Sequence[int], d: Lane) -> Callable[[Vector], Vector]:
+        """The value of a code, of four bits: ``d`` times the signed byte that it has among sixteen."""
+        return lambda codes: self._look_up(values, codes).to_float() * d
+
+    def _look_up(self, values: Sequence[int], codes: Vector) -> Vector:
         if not self._processor.look_up:
             found = codes.fill(values[0])
             for code, value in enumerate(values[1:], 1):
-                found = (codes.equals(code)).select(codes.fill(value), found)
+                found = codes.equals(code).select(codes.fill(value), found)
             return found
         table = Vector(self._builder, constant(I8, values))
         parts = [
@@ -152,16 +155,16 @@ class Block:
         """Stores ``value(codes)`` for 32 codes of ``n_bits`` bits, from weight ``index`` on.
 
         Where the processor can look them up, ``value`` is computed, and rounded, once for each code that can occur, in
-        each of ``runs`` equal runs of the codes: to ``value`` the lanes of what it is given are as many equal runs.
-        There are 16 or 32 such codes.
+        each of ``runs`` equal runs of the codes; ``value`` is always given codes in as many equal runs.
         """
         if not self._processor.permute:
             self.store(index, value(codes))
             return
-        every = value(Vector(self._builder, constant(I8, [*range(1 << n_bits)] * runs)))
+        size = max(1 << n_bits, _PIECE // runs)
+        every = value(Vector(self._builder, constant(I8, [*range(size)] * runs)))
         table = [self._round(every.part(start, _PIECE)) for start in range(0, every.lanes, _PIECE)]
         if runs > 1:
-            codes |= [lane * runs // codes.lanes << n_bits for lane in range(codes.lanes)]
+            codes |= [lane * runs // codes.lanes * size for lane in range(codes.lanes)]
         if self._dtype is DType.FLOAT32:
             for start in range(0, codes.lanes, _PIECE):
                 self._write(index + start, self._look_up_float(table, codes.part(start, _PIECE).widen(I32)))

@@ -14,7 +14,7 @@ from typing import Final
 from asyncload.gguf import GGMLType
 from asyncload.quant import _tables
 from asyncload.quant._block import Block, Decoder, Table
-from asyncload.quant._vector import I1, I8, I16, I32, I64, Lane, Vector
+from asyncload.quant._vector import I8, I16, I32, Lane, Vector
 
 __all__ = ["DECODERS"]
 
@@ -49,25 +49,17 @@ def _nibbles(codes: Vector) -> Vector:
     return (codes.repeat(2) >> [0, 4] * codes.lanes) & 0xF
 
 
-def _decode_signed(
-    block: Block, name: str, indices: Vector, signs: Vector, d: Vector
-) -> None:
-    """Magnitudes from a grid, a bit of sign for each, in groups that share a scale each."""
+def _decode_signed(block: Block, name: str, indices: Vector, signs: Vector, d: Vector) -> None:
+    """``d`` times a magnitude from the grid, with a sign for each weight and as many scales as there are groups."""
     table, magnitudes = _grid(name)
     n_bits = (len(magnitudes) - 1).bit_length()
     values = _signed(magnitudes, n_bits)
-    runs, count = d.lanes // 8, indices.lanes // 8
+    n_indices, runs = indices.lanes // 8, d.lanes // 8
     for part in range(8):
-        codes = block.entries(table, indices.part(count * part, count))
-        minus = signs.part(4 * part, 4).cast(I1).widen(I8)
+        codes = block.entries(table, indices.part(n_indices * part, n_indices))
+        codes |= signs.part(4 * part, 4).bits().widen(I8) << n_bits
         scales = d[runs * part : runs * (part + 1)]
-        block.decode(
-            32 * part,
-            codes | (minus << n_bits),
-            n_bits + 1,
-            lambda q, d=scales: block.look_up(values, q).to_float() * d,
-            runs=runs,
-        )
+        block.decode(32 * part, codes, n_bits + 1, block.scaled(values, scales), runs=runs)
 
 
 def _iq2_xxs(block: Block) -> None:
@@ -111,32 +103,34 @@ def _iq3_s(block: Block) -> None:
     _decode_signed(block, "IQ3_S", indices, block.load(74, _LINES), d)
 
 
-def _decode_ternary(block: Block, indices: Vector, offsets: Vector, d: Vector) -> None:
-    """One of three numbers from the grid, moved by an offset, in groups that share a scale or an offset each."""
+def _eighths(down: Vector) -> Vector:
+    """An eighth, or minus an eighth where a lane is one and not zero."""
+    return (down.to_float() * -2.0 + 1.0) * 0.125
+
+
+def _moved(offset: Lane, d: Lane) -> Callable[[Vector], Vector]:
+    """The value of a code: ``d * (q + offset)``."""
+    return lambda q: (q.to_float() + offset) * d
+
+
+def _decode_ternary(block: Block, indices: Vector, delta: Vector, d: Vector) -> None:
+    """``d * (q + delta)`` for -1, 0 and 1 from the grid, with as many scales, and deltas, as there are groups."""
     table, (least, _, _) = _grid("IQ1_S")
-    runs = offsets.lanes // 8
-    offsets = offsets + least
+    offset = delta + least
+    n_scales, runs = d.lanes // 8, delta.lanes // 8
     for part in range(8):
         codes = block.entries(table, indices.part(4 * part, 4))
-        moves = offsets[runs * part : runs * (part + 1)]
-        scales = d.part(d.lanes // 8 * part, d.lanes // 8)[:]
-        block.decode(
-            32 * part, codes, 4 if runs == 1 else 2, lambda q, m=moves, d=scales: (q.to_float() + m) * d, runs=runs
-        )
+        value = _moved(offset[runs * part : runs * (part + 1)], d[n_scales * part : n_scales * (part + 1)])
+        block.decode(32 * part, codes, 2, value, runs=runs)
 
 
 def _iq1_s(block: Block) -> None:
-    """``d``; 8 bits of index for each line; for each group of 32 four times three more, 3 bits of scale, a direction."""
+    """``d``; 8 bits of index for each line; for each group of 32 four times 3 more, 3 of scale, the direction."""
     packed = block.load(34, 8, I16)
     upper = ((packed.repeat(4) >> [0, 3, 6, 9] * 8) & 7) << 8
     indices = block.load(2, _LINES).widen(I16) | upper
     d = (((packed >> 11) & 14) | 1).to_float() * block.half(0)
     _decode_ternary(block, indices, _eighths(packed >> 15), d)
-
-
-def _eighths(down: Vector) -> Vector:
-    """An eighth, or minus an eighth where a lane is one and not zero."""
-    return (down.to_float() * -2.0 + 1.0) * 0.125
 
 
 def _iq1_m(block: Block) -> None:
@@ -148,8 +142,7 @@ def _iq1_m(block: Block) -> None:
     indices = block.load(0, _LINES).widen(I16) | ((upper.widen(I16) & 7) << 8)
     words = block.load(48, 4, I16)
     nibbles = (words >> 12) << [0, 4, 8, 12]
-    d = nibbles | nibbles.pick([1, 0, 3, 2])
-    d = block.to_float(d | d.pick([2, 3, 0, 1]))
+    d = block.to_float(nibbles | nibbles[1] | nibbles[2] | nibbles[3])
     scales = (((words.repeat(4) >> [0, 3, 6, 9] * 4) & 7) << 1) | 1
     _decode_ternary(block, indices, _eighths(upper >> 3), scales.to_float() * d[0])
 
@@ -158,7 +151,7 @@ def _iq4_nl(block: Block) -> None:
     """``d`` times one of 16 values: d, 16 bytes of codes, the low halves first."""
     d, values = block.half(0), _tables.values("IQ4_NL")
     low, high = block.nibbles(2, 16)
-    block.decode(0, low.join(high), 4, lambda q: block.look_up(values, q).to_float() * d)
+    block.decode(0, low.join(high), 4, block.scaled(values, d))
 
 
 def _iq4_xs(block: Block) -> None:
@@ -168,9 +161,7 @@ def _iq4_xs(block: Block) -> None:
     d, values = (scales - 32).to_float() * block.half(0), _tables.values("IQ4_NL")
     for group in range(8):
         low, high = block.nibbles(8 + 16 * group, 16)
-        block.decode(
-            32 * group, low.join(high), 4, lambda q, d=d[group]: block.look_up(values, q).to_float() * d
-        )
+        block.decode(32 * group, low.join(high), 4, block.scaled(values, d[group]))
 
 
 DECODERS: Final[Mapping[GGMLType, Decoder]] = {

@@ -71,9 +71,10 @@ def _version() -> str:
     whatever happened to the index.
     """
     digest = sha256(repr((_target(), numba.__version__)).encode())
-    for path in (*(Path(str(module.__file__)) for module in _SOURCES), _tables.origin()):
+    digest.update(_tables.fingerprint())
+    for module in _SOURCES:
         try:
-            digest.update(path.read_bytes())
+            digest.update(Path(str(module.__file__)).read_bytes())
         except OSError:  # a frozen application has no sources; Numba watches the executable then
             continue
     return digest.hexdigest()[:16]

@@ -5,11 +5,12 @@ It is imported when a table is asked for, as it takes a while: a kernel that was
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["grid", "origin", "values"]
+__all__ = ["fingerprint", "grid", "values"]
 
 
 def grid(name: str) -> list[list[int]]:
@@ -25,10 +26,14 @@ def values(name: str) -> list[int]:
     return [int(value) for value in getattr(_quants(), name).kvalues]
 
 
-def origin() -> Path:
-    """The file that has the tables, found without an import; it need not exist."""
+def fingerprint() -> bytes:
+    """What changes with the tables, found without importing them: their source, or nothing where it cannot be read."""
     package = find_spec("gguf")
-    return Path(str(package and package.origin)).with_name("quants.py")
+    if package is None or package.origin is None:
+        return b""
+    with suppress(OSError):
+        return Path(package.origin).with_name("quants.py").read_bytes()
+    return b""
 
 
 def _quants() -> Any:

@@ -106,6 +106,11 @@ class Vector:
         """Truth values: which lanes are the same integers."""
         return Vector(self.builder, self.builder.icmp_unsigned("==", self.value, self._operand(other)))
 
+    def bits(self) -> Vector:
+        """Truth values: the bits of each byte, the lowest first."""
+        masks = [1 << bit for bit in range(8)] * self.lanes
+        return (self.repeat(8) & masks).equals(masks)
+
     def is_nan(self) -> Vector:
         """Truth values: which lanes are no number."""
         return Vector(self.builder, self.builder.fcmp_unordered("uno", self.value, self.value))
