@@ -1,8 +1,10 @@
 """The IQ types: codes that point into grids of four or eight magnitudes, or to one of 16 values.
 
 The grids and values are those of the ``gguf`` package. A kernel has a grid with codes in place of the magnitudes, so
-that a code with its sign is what the values of a group are looked up by. The blocks are those of ggml-common.h, the
-values those of dequantize_row_* in ggml-quants.c (https://github.com/ggml-org/ggml/tree/master/src).
+that a code with its sign is what the values of a group are looked up by. A line is eight weights.
+
+The blocks are those of ggml-common.h, the values those of dequantize_row_* in ggml-quants.c
+(https://github.com/ggml-org/ggml/tree/master/src).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from asyncload.quant._vector import I8, I16, I32, Lane, Vector
 
 __all__ = ["DECODERS"]
 
-_LINES: Final = 32  # of eight weights in a block
+_LINES: Final = 32  # in a block
 
 
 @cache

@@ -47,7 +47,7 @@ HEADER: Any = FakeHeader(
     ("token_embd.weight", GGMLType.Q8_0, (100, 64)),
     ("blk.0.attn_q.weight", GGMLType.Q4_K, (8, 256)),
     ("blk.0.norm.weight", GGMLType.F32, (256,)),
-    ("blk.1.attn_q.weight", GGMLType.IQ1_S, (8, 256)),
+    ("blk.1.attn_q.weight", GGMLType.Q8_K, (8, 256)),
     ("blk.1.norm.weight", GGMLType.F32, (256,)),
     ("ids", GGMLType.I32, (3,)),
 )
@@ -93,7 +93,7 @@ class TestDtype:
             "token_embd.weight": (DType.UINT8, False, (100, 68)),
             "blk.0.attn_q.weight": (DType.UINT8, False, (8, 144)),
             "blk.0.norm.weight": (DType.FLOAT32, False, (256,)),
-            "blk.1.attn_q.weight": (DType.UINT8, False, (8, 50)),
+            "blk.1.attn_q.weight": (DType.UINT8, False, (8, 292)),
             "blk.1.norm.weight": (DType.FLOAT32, False, (256,)),
             "ids": (DType.INT32, False, (3,)),
         }
@@ -117,11 +117,11 @@ class TestDtype:
         assert dtypes["token_embd.weight"][0] is DType.UINT8
 
     def test_what_cannot_be_decoded_is_refused_by_name(self) -> None:
-        with pytest.raises(UnsupportedQuantError, match=r"blk\.1\.attn_q\.weight: IQ1_S") as caught:
+        with pytest.raises(UnsupportedQuantError, match=r"blk\.1\.attn_q\.weight: Q8_K") as caught:
             plan_load(HEADER, dtype="bf16")
         assert (caught.value.tensor, caught.value.type, caught.value.dtype) == (
             "blk.1.attn_q.weight",
-            "IQ1_S",
+            "Q8_K",
             "bfloat16",
         )
 

@@ -28,6 +28,14 @@ SCALES: dict[GGMLType, tuple[int, ...]] = {
     GGMLType.Q4_K: (0, 2),
     GGMLType.Q5_K: (0, 2),
     GGMLType.Q6_K: (208,),
+    GGMLType.IQ1_S: (0,),
+    GGMLType.IQ2_XXS: (0,),
+    GGMLType.IQ2_XS: (0,),
+    GGMLType.IQ2_S: (0,),
+    GGMLType.IQ3_XXS: (0,),
+    GGMLType.IQ3_S: (0,),
+    GGMLType.IQ4_NL: (0,),
+    GGMLType.IQ4_XS: (0,),
 }
 # Zeros, the smallest and largest subnormals, the smallest and largest numbers, infinities, quiet and signalling NaNs.
 EDGES = tuple(sign | bits for bits in (0, 1, 0x3FF, 0x400, 0x7BFF, 0x7C00, 0x7E00, 0x7C01) for sign in (0, 0x8000))
@@ -49,7 +57,9 @@ def make_blocks(type_: GGMLType) -> Bytes:
     real: Bytes = libgguf.quantize_rows(weights, int(type_)).reshape(-1, type_.type_size)
     codes = [np.full(type_.type_size, fill, np.uint8) for fill in (0, 0xFF, 0x0F, 0xF0)]
     edges = np.stack([*codes, *noise[:4]])
-    fields = SCALES[type_]
+    fields = SCALES.get(type_)
+    if fields is None:  # its scales are of 8 bits or in pieces, and the random bytes have each there is
+        return np.concatenate([real, noise, edges]).reshape(-1)
     values = np.array(np.meshgrid(*[EDGES] * len(fields)), np.uint16).reshape(len(fields), -1).T
     edges = np.repeat(edges, len(values), axis=0)
     for index, offset in enumerate(fields):

@@ -133,7 +133,7 @@ def test_views_with_gaps_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("type_", "dtype"), [(GGMLType.IQ1_S, DType.FLOAT32), (GGMLType.I8, DType.FLOAT16), (GGMLType.Q4_K, DType.UINT8)]
+    ("type_", "dtype"), [(GGMLType.Q8_K, DType.FLOAT32), (GGMLType.I8, DType.FLOAT16), (GGMLType.Q4_K, DType.UINT8)]
 )
 def test_pairs_outside_the_table_are_refused(type_: GGMLType, dtype: DType) -> None:
     with pytest.raises(UnsupportedQuantError) as caught:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,35 @@ def test_changed_sources_are_compiled_anew(copied_package: Path, cache: dict[str
     assert (restored.children, restored.values) == (0, VALUES)
 
 
+def test_other_tables_are_compiled_in_anew(tmp_path: Path, cache: dict[str, str]) -> None:
+    """The tables come from the gguf package when a kernel is compiled, and never when it is loaded."""
+    found = find_spec("gguf")
+    assert found is not None
+    assert found.origin is not None
+    package = tmp_path / "gguf"
+    shutil.copytree(Path(found.origin).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**cache, "PYTHONPATH": os.pathsep.join([str(package.parent), str(PACKAGE.parent)])}
+    first_value = """
+imported = "gguf" in sys.modules
+target = bytearray(128)
+prepare([(GGMLType.IQ4_NL, DType.FLOAT32)])
+decode(GGMLType.IQ4_NL, DType.FLOAT32, memoryview(b"\\0\\x3c" + bytes(16)), memoryview(target))
+assert imported == ("gguf" in sys.modules)
+print("value", memoryview(target).cast("f")[0], file=sys.stderr)
+"""
+    tables = package / "quants.py"
+    original = tables.read_text()
+    for text, children, value in (
+        (original, 2, "value -127.0"),
+        (original.replace("(-127, -104,", "(-126, -104,"), 2, "value -126.0"),
+        (original, 0, "value -127.0"),
+    ):
+        tables.write_text(text)
+        outcome = run(environment, after=first_value)
+        assert (outcome.passes, outcome.children) == (0, children)
+        assert value in outcome.log
+
+
 @pytest.mark.parametrize("damage", ["truncated", "swapped", "missing", "index"])
 def test_a_damaged_cache_is_written_again(warm_cache: dict[str, str], damage: str) -> None:
     first, second = code_files(warm_cache)
@@ -257,8 +287,13 @@ def test_a_damaged_cache_is_written_again(warm_cache: dict[str, str], damage: st
 
 
 LEVELS = {
+    "x86-64": [GGMLType.IQ4_NL, GGMLType.IQ2_XS],  # no SSSE3: values are selected, not looked up
     "x86-64-v2": list(DECODERS),  # no F16C: float16 is converted by integers
-    "x86-64-v3": [GGMLType.Q4_0, GGMLType.Q5_1, GGMLType.Q4_K, GGMLType.Q5_K],  # no AVX-512: nothing is looked up
+    "x86-64-v3": [  # no AVX-512: what is looked up is bytes
+        *(GGMLType.Q4_0, GGMLType.Q5_1, GGMLType.Q4_K, GGMLType.Q5_K),
+        *(GGMLType.IQ1_S, GGMLType.IQ1_M, GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ2_S),
+        *(GGMLType.IQ3_XXS, GGMLType.IQ3_S, GGMLType.IQ4_NL, GGMLType.IQ4_XS, GGMLType.MXFP4, GGMLType.NVFP4),
+    ],
 }
 
 
