@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.resources import files
-from typing import Any, Final
+from typing import Final
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType
+from asyncload.quant import DType, _tables
 from asyncload.quant.cuda import CUDA_DECODED, kernel_name
 
 __all__ = ["assemble"]
@@ -32,19 +32,9 @@ def read(name: str) -> str:
     return files("asyncload.quant.cuda").joinpath(f"{name}.cu").read_text("utf-8")
 
 
-def _quants() -> Any:
-    """gguf-py's module with the tables; it brings numpy along."""
-    import gguf.quants
-
-    return gguf.quants
-
-
 def _grid(name: str, pack: Callable[[list[int]], Iterable[int]]) -> str:
     """A grid as an array of words, made of each entry's numbers by ``pack``."""
-    quant = getattr(_quants(), name)
-    quant.init_grid()
-    entries = quant.grid.astype(int).reshape(quant.grid_shape).tolist()
-    words = [word for entry in entries for word in pack(entry)]
+    words = [word for entry in _tables.grid(name) for word in pack(entry)]
     lines = [", ".join(f"{word:#x}" for word in words[at : at + 8]) for at in range(0, len(words), 8)]
     return f"CONSTANT u32 {name}_GRID[{len(words)}] = {{\n" + ",\n".join(lines) + "};\n"
 
@@ -62,7 +52,7 @@ def _nibbles(entry: list[int]) -> Iterable[int]:
 
 def _values(name: str) -> str:
     """Sixteen signed values as four words."""
-    words = _bytes([value + _SIGNED for value in getattr(_quants(), name).kvalues])
+    words = _bytes([value + _SIGNED for value in _tables.values(name)])
     return f"#define {name}_VALUES {{" + ", ".join(f"{word:#x}" for word in words) + "}\n"
 
 
