@@ -64,6 +64,25 @@ def test_sizes_are_those_of_the_real_model() -> None:
     assert more == [layer for layer in range(32) if types[f"blk.{layer}.ffn_down.weight"] is GGMLType.Q6_K]
 
 
+def test_metadata_say_what_a_reader_builds_a_llama_from(tmp_path: Path) -> None:
+    (path,) = synthesize(tmp_path / "tiny.gguf", preset="tiny")
+    header = read(path)
+    wanted = {
+        "block_count": 4,
+        "context_length": 2048,
+        "embedding_length": header.tensors["blk.0.ffn_down.weight"].shape[0],
+        "feed_forward_length": header.tensors["blk.0.ffn_down.weight"].shape[1],
+        "attention.head_count": 5,
+        "attention.head_count_kv": 1,
+        "attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "rope.dimension_count": 64,
+        "rope.freq_base": 500000.0,
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+    }
+    assert header.metadata["general.architecture"] == "llama"
+    assert {key: header.metadata[f"llama.{key}"] for key in wanted} == wanted
+
+
 def test_tiny_has_rows_that_are_no_multiple_of_256(tmp_path: Path) -> None:
     (path,) = synthesize(tmp_path / "tiny.gguf", preset="tiny")
     tensors = read(path).tensors
