@@ -30,7 +30,10 @@ __all__ = ["make_parser", "median_seconds", "model_file", "print_table", "run_as
 
 T = TypeVar("T")
 
-_PACKAGES: Final = ("asyncload", "numpy", "numba", "gguf", "anyio", "uvloop", "torch", "safetensors", "cuda-core")
+_PACKAGES: Final = (
+    *("asyncload", "numpy", "numba", "gguf", "anyio", "uvloop", "cuda-core"),
+    *("torch", "safetensors", "transformers", "accelerate"),
+)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

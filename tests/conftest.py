@@ -75,6 +75,7 @@ def _missing_demo_model() -> str | None:
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "gpu": _missing_gpu,
     "torch": _missing_package("torch"),
+    "transformers": _missing_package("transformers"),
     "cupy": _missing_package("cupy"),
     "demo": _missing_demo_model,
 }
