@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from asyncload.errors import PlanError, RangeError
@@ -21,6 +22,7 @@ __all__ = [
     "DeviceMemory",
     "Event",
     "MemoryInfo",
+    "Residency",
     "StagingMemory",
     "Stream",
     "check_decode",
@@ -46,6 +48,16 @@ class MemoryInfo:
 
     free: int
     total: int
+
+
+class Residency(StrEnum):
+    """Where memory lies, as a device's driver tells."""
+
+    DEVICE = "the device's own"
+    ELSEWHERE = "another device's"
+    MANAGED = "managed"
+    HOST = "the host's"
+    UNKNOWN = "unknown to the driver"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +233,18 @@ class Device(Protocol):
 
     def memory(self) -> MemoryInfo:
         """The device's free and total memory now."""
+        ...
+
+    def process_memory(self) -> int | None:
+        """Bytes of the device's memory that this process takes, allocated by whomever; None where nobody tells."""
+        ...
+
+    def residency(self, memory: DeviceMemory) -> Residency:
+        """Where a range of memory lies; ``DEVICE`` only if it is part of one allocation of this device's memory.
+
+        Memory that moves between device and host (managed), and memory of the host, registered or not, is not. Of what
+        was freed, and of an empty range, it is ``UNKNOWN``; a driver may say that of all memory that is not its own.
+        """
         ...
 
     def close(self) -> None:

@@ -26,11 +26,13 @@ from asyncload.device._contract import (
     DeviceMemory,
     Event,
     MemoryInfo,
+    Residency,
     StagingMemory,
     check_decode,
     check_download,
     check_upload,
 )
+from asyncload.device._nvml import process_memory
 from asyncload.device._pages import Pages
 from asyncload.errors import (
     AsyncloadError,
@@ -267,6 +269,13 @@ class CudaDevice:
         self._context: Any = None
         self._lock = threading.Lock()
         self._allocated: dict[int, int] = {}
+        attribute = self.driver.CUpointer_attribute
+        self._pointer_attributes = [
+            attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+            attribute.CU_POINTER_ATTRIBUTE_IS_MANAGED,
+            attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+            attribute.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+        ]
         self._preparing = threading.Lock()
         self.kernels: dict[tuple[GGMLType, DType], Any] = {}  #: that streams can launch
         with _mapping_errors(name, "the device could not be opened"):
@@ -384,6 +393,39 @@ class CudaDevice:
         self.attach()
         free, total = self.check("asking for free memory", self.driver.cuMemGetInfo())
         return MemoryInfo(int(free), int(total))
+
+    def process_memory(self) -> int | None:
+        """Asks NVML; the process's context counts too."""
+        return process_memory(self._attached())
+
+    def residency(self, memory: DeviceMemory) -> Residency:
+        """Asks the driver of the first and the last byte, and whether both are of one allocation."""
+        if not memory.nbytes:
+            return Residency.UNKNOWN
+        self.attach()
+        first, start = self._pointer(memory.address)
+        last, start_of_last = self._pointer(memory.address + memory.nbytes - 1)
+        if first is not Residency.DEVICE:
+            return first
+        return last if start == start_of_last else Residency.UNKNOWN
+
+    def _pointer(self, address: int) -> tuple[Residency, int]:
+        """Where a byte lies, and where its allocation starts."""
+        # This function, other than the one for a single attribute, answers zeros for what the driver does not know.
+        kind, managed, ordinal, start = self.check(
+            f"asking about {address:#x}",
+            self.driver.cuPointerGetAttributes(len(self._pointer_attributes), self._pointer_attributes, address),
+        )
+        types = self.driver.CUmemorytype
+        if managed:
+            residency = Residency.MANAGED
+        elif kind == int(types.CU_MEMORYTYPE_HOST):
+            residency = Residency.HOST
+        elif kind != int(types.CU_MEMORYTYPE_DEVICE):
+            residency = Residency.UNKNOWN
+        else:
+            residency = Residency.DEVICE if ordinal == self._index else Residency.ELSEWHERE
+        return residency, int(start)
 
     # Work
 

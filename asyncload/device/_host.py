@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection
 
-from asyncload.device._contract import DeviceInfo, DeviceMemory, MemoryInfo, check_download
+from asyncload.device._contract import DeviceInfo, DeviceMemory, MemoryInfo, Residency, check_download
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, PassedAll
 from asyncload.device._pages import Pages
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
@@ -193,6 +193,19 @@ class HostDevice:
         """What is not allocated from this device counts as free, whatever the machine does beside it."""
         with self._lock:
             return MemoryInfo(self._info.total_bytes - self._used, self._info.total_bytes)
+
+    def process_memory(self) -> int | None:
+        """There is no driver that would tell."""
+        return None
+
+    def residency(self, memory: DeviceMemory) -> Residency:
+        """The device's own is what was allocated from it; it knows of nothing else."""
+        begin, end = memory.address, memory.address + memory.nbytes
+        with self._lock:
+            inside = any(
+                pages.address <= begin < end <= pages.address + pages.nbytes for pages in self._allocated.values()
+            )
+        return Residency.DEVICE if inside else Residency.UNKNOWN
 
     # Work
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from random import Random
 
 import pytest
 
-from asyncload.device import Device, DeviceMemory, StagingMemory, Stream
+from asyncload.device import Device, DeviceMemory, Residency, StagingMemory, Stream
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError, RangeError
 from asyncload.testing._decode_conformance import DecodeConformance
 
@@ -19,6 +20,7 @@ __all__ = ["DeviceConformance", "Rig"]
 
 _PAGE = 4096
 _SIZES = (0, 1, _PAGE - 1, _PAGE, _PAGE + 1, (3 << 20) + 1)
+_LARGE = 64 << 20  # bytes; a driver gives memory of its own to this, and not a piece of a block it has
 _GUARD = 0xEE
 _TIMEOUT = 60.0  # seconds; generous, as it only matters where something hangs
 _THREADS = 8
@@ -146,6 +148,55 @@ class DeviceConformance(DecodeConformance, ABC):
         rig.device.barrier().synchronize()
         rig.device.free(memory)
         rig.device.close()
+
+    # Where memory lies
+
+    def test_allocated_memory_is_resident_and_so_is_each_part(self, rig: Rig) -> None:
+        made = [rig.allocate(nbytes) for nbytes in (1, _PAGE, _LARGE)]
+        for memory in made:
+            last = memory.nbytes - 1
+            for part in (memory, memory.part(0, 1), memory.part(last, 1), memory.part(last // 2, 1 + last // 3)):
+                assert rig.device.residency(part) is Residency.DEVICE
+
+    def test_host_memory_is_not_resident(self, rig: Rig) -> None:
+        buffer = bytearray(_PAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        assert rig.device.residency(DeviceMemory(address, _PAGE)) is not Residency.DEVICE
+
+    def test_staging_memory_is_not_resident(self, rig: Rig) -> None:
+        staging = rig.stage(_content(_PAGE))
+        assert rig.device.residency(DeviceMemory(staging.address, _PAGE)) is not Residency.DEVICE
+
+    def test_empty_memory_is_not_resident(self, rig: Rig) -> None:
+        for address in (0, rig.allocate(_PAGE).address):
+            assert rig.device.residency(DeviceMemory(address, 0)) is Residency.UNKNOWN
+
+    def test_a_range_that_leaves_its_allocation_is_not_resident(self, rig: Rig) -> None:
+        memory = rig.allocate(_LARGE)
+        for address in (memory.address, memory.address - _LARGE):
+            assert rig.device.residency(DeviceMemory(address, 2 * _LARGE)) is not Residency.DEVICE
+
+    def test_freed_memory_is_not_resident(self, device: Device) -> None:
+        memory = device.allocate(_LARGE)
+        device.free(memory)
+        assert device.residency(memory) is Residency.UNKNOWN
+
+    def test_a_thread_that_never_attached_can_ask(self, rig: Rig) -> None:
+        memory, found = rig.allocate(_PAGE), list[Residency]()
+        thread = threading.Thread(target=lambda: found.append(rig.device.residency(memory)))
+        thread.start()
+        thread.join(_TIMEOUT)
+        assert found == [Residency.DEVICE]
+
+    def test_the_memory_of_this_process_grows_by_what_it_allocates(self, device: Device) -> None:
+        before = device.process_memory()
+        memory = device.allocate(_LARGE)
+        after = device.process_memory()
+        device.free(memory)
+        if before is None or after is None:
+            assert before is after  # nobody tells, ever
+        else:
+            assert after - before >= _LARGE
 
     # Staging
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from asyncload.device import Device, Stream, default_device, open_device
+from asyncload.device import Device, DeviceMemory, Residency, Stream, default_device, open_device
 from asyncload.device._cuda import CudaDevice, CudaStream, cuda_device_count
 from asyncload.errors import BackendUnavailableError, DeviceNotFoundError
 from asyncload.testing import DeviceConformance, SleepingKernel
@@ -154,6 +154,52 @@ def test_allocated_memory_is_device_memory(cuda: CudaDevice) -> None:
     memory = cuda.allocate(4096)
     assert lies_in(cuda, memory.address, "DEVICE")
     cuda.free(memory)
+
+
+@pytest.mark.gpu
+def test_staging_memory_is_the_hosts_until_it_is_closed(cuda: CudaDevice) -> None:
+    staging = cuda.staging(4096)
+    memory, view = DeviceMemory(staging.address, 4096), staging.view[:]  # keeps the pages mapped
+    assert cuda.residency(memory) is Residency.HOST
+    staging.close()
+    assert cuda.residency(memory) not in {Residency.DEVICE, Residency.HOST}
+    assert view[0] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attachment", ["GLOBAL", "HOST"])
+def test_managed_memory_is_not_the_devices(cuda: CudaDevice, attachment: str) -> None:
+    driver: Any = cuda.driver
+    flags = int(getattr(driver.CUmemAttach_flags, f"CU_MEM_ATTACH_{attachment}"))
+    address = int(cuda.check("managed memory", driver.cuMemAllocManaged(4096, flags)))
+    assert cuda.residency(DeviceMemory(address, 4096)) is Residency.MANAGED
+    cuda.check("freeing", driver.cuMemFree(address))
+
+
+@pytest.mark.gpu
+def test_memory_that_another_library_took_of_the_device_is_resident(cuda: CudaDevice) -> None:
+    driver: Any = cuda.driver
+    address = int(cuda.check("memory past the device", driver.cuMemAlloc(1 << 20)))
+    assert cuda.residency(DeviceMemory(address + 4096, 4096)) is Residency.DEVICE
+    stream = cuda.stream()
+    pooled = int(cuda.check("memory of a pool", driver.cuMemAllocAsync(1 << 20, stream.handle)))
+    assert cuda.residency(DeviceMemory(pooled, 1 << 20)) is Residency.DEVICE
+    cuda.check("freeing", driver.cuMemFreeAsync(pooled, stream.handle))
+    stream.close()
+    cuda.check("freeing", driver.cuMemFree(address))
+
+
+@pytest.mark.gpu
+def test_every_other_devices_memory_is_elsewhere(cuda: CudaDevice) -> None:
+    for number in range(1, cuda_device_count()):
+        other = CudaDevice(number)
+        memory = other.allocate(4096)
+        cuda.attach()
+        assert cuda.residency(memory) is Residency.ELSEWHERE
+        assert other.residency(memory) is Residency.DEVICE
+        other.free(memory)
+        other.close()
+    cuda.attach()
 
 
 @pytest.mark.gpu
