@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ __all__ = [
     "DeviceNotFoundError",
     "ExportError",
     "FormatError",
+    "LedgerError",
     "OptionsError",
     "OutOfDeviceMemoryError",
     "PlanError",
     "RangeError",
+    "ResidencyError",
     "SourceChangedError",
     "SourceError",
     "SourceNotFoundError",
@@ -239,3 +241,23 @@ class OutOfDeviceMemoryError(DeviceError, MemoryError):
         self.needed = needed
         self.available = available
         self.breakdown = dict(breakdown)
+
+
+class LedgerError(DeviceError):
+    """A range of device memory overlaps one that the ledger holds, or is none of the ledger's.
+
+    ``address`` and ``nbytes`` are the range's.
+    """
+
+    def __init__(self, message: str, *, device: str, address: int, nbytes: int) -> None:
+        super().__init__(message, device=device)
+        self.address = address
+        self.nbytes = nbytes
+
+
+class ResidencyError(DeviceError):
+    """What the ledger holds as the device's memory is not; ``allocations`` are the descriptions of what is not."""
+
+    def __init__(self, message: str, *, device: str, allocations: Sequence[str]) -> None:
+        super().__init__(message, device=device)
+        self.allocations = tuple(allocations)

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Sequence
 
 from asyncload.device import DeviceMemory
-from asyncload.memory._tracker import Allocation, Purpose, VramTracker
+from asyncload.memory._allocation import Allocation
+from asyncload.memory._ledger import Purpose
+from asyncload.memory._tracker import VramTracker
 
 __all__ = ["Scratch"]
 

@@ -5,115 +5,38 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Sequence
 
-from asyncload.device import Device, DeviceMemory
-from asyncload.errors import ClosedError, DeviceError, OutOfDeviceMemoryError
+from asyncload.device import Device, DeviceMemory, Residency
+from asyncload.errors import ClosedError, LedgerError, OutOfDeviceMemoryError, PlanError, ResidencyError
+from asyncload.memory._allocation import Allocation, Reclaim, Registration
+from asyncload.memory._ledger import Entry, Ledger, Purpose
+from asyncload.memory._reconcile import Baseline, Reconciliation
+from asyncload.memory._report import bytes_by_purpose, format_report
 from asyncload.options import format_size
 
-__all__ = ["Allocation", "Purpose", "VramTracker"]
+__all__ = ["VramTracker"]
 
 _log = logging.getLogger("asyncload.memory")
-_LARGEST = 5  # allocations that a report names
-
-
-class Purpose(StrEnum):
-    """What device memory is for."""
-
-    WEIGHTS = "weights"
-    SLOTS = "slots"
-    SCRATCH = "scratch"
-    KV_CACHE = "kv_cache"
-    WORKSPACE = "workspace"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Entry:
-    """A line of the ledger."""
-
-    memory: DeviceMemory
-    purpose: Purpose
-    description: str
-
-
-# What the reclaim thread is handed: memory to free, or an event to set once all that came before it is freed.
-_Reclaim = queue.SimpleQueue[_Entry | threading.Event]
-
-
-class Allocation:
-    """Device memory that lives as long as this object, or until ``close``.
-
-    The last reference may be dropped, and ``close`` called, on any thread, and while enqueued work still uses the
-    memory: it is freed by the tracker's thread, after all work that was enqueued on the device before.
-    """
-
-    __slots__ = ("__weakref__", "_entry", "_owned", "_reclaim")
-
-    def __init__(self, entry: _Entry, reclaim: _Reclaim) -> None:
-        self._entry = entry
-        self._reclaim = reclaim
-        self._owned = [entry] if entry.memory.nbytes else []  # popped by whoever lets go first
-
-    @property
-    def memory(self) -> DeviceMemory:
-        """The range of device memory; not to be used any more after ``close``."""
-        return self._entry.memory
-
-    @property
-    def address(self) -> int:
-        """Where the memory starts; 0 when it is empty."""
-        return self._entry.memory.address
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self._entry.memory.nbytes
-
-    @property
-    def purpose(self) -> Purpose:
-        """What it is for."""
-        return self._entry.purpose
-
-    @property
-    def description(self) -> str:
-        """What it holds, for people."""
-        return self._entry.description
-
-    def close(self) -> None:
-        """Lets the memory go; further calls do nothing. Never blocks."""
-        # A finalizer runs wherever the garbage collector happens to, also inside a locked region of this thread.
-        # ``SimpleQueue.put`` may be called there; a lock may not be taken.
-        try:
-            entry = self._owned.pop()
-        except IndexError:
-            return
-        self._reclaim.put(entry)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Allocation({self.nbytes} bytes at {self.address:#x}, {self.purpose}, {self.description!r})"
+_NAMED = 5  # allocations that an error's message names
 
 
 class VramTracker:
     """The ledger through which all memory of a device is allocated and freed.
 
-    All methods may be called on any thread; ``allocate``, ``flush`` and ``close`` may wait for the device. What was
-    dropped is freed by a thread of the tracker's own, which runs as long as any allocation is alive.
+    All methods may be called on any thread; those that say so block on the driver or wait for the device, as making a
+    tracker does. What was dropped is freed by a thread of the tracker's own, which runs as long as any allocation is
+    alive.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._name = device.info.name
-        self._reclaim: _Reclaim = queue.SimpleQueue()
+        self._opened = Baseline(device)
+        self._reclaim: Reclaim = queue.SimpleQueue()
         self._lock = threading.Lock()  # over all that follows
-        self._ledger: dict[int, _Entry] = {}  # by address
-        self._leaving: set[_Entry] = set()  # being freed: the device may already give the address to somebody else
+        self._ledger = Ledger(self._name)
+        self._leaving: set[Entry] = set()  # being freed: the device may already give the address to somebody else
         self._outstanding = 0  # allocations that the thread still has to see
         self._thread: threading.Thread | None = None  # alive as long as anything is outstanding
         self._failures: list[Exception] = []
@@ -124,13 +47,12 @@ class VramTracker:
 
         If the device is full, what was dropped and still waits for the device's work is waited for, and freed, first.
         Raises ``OutOfDeviceMemoryError`` with the ledger's breakdown by purpose, ``ClosedError`` after ``close``, and
-        ``DeviceError`` if the device hands out an address that is in the ledger.
+        ``LedgerError`` if the device hands out memory that is in the ledger.
         """
         with self._lock:
-            if self._closed:
-                raise ClosedError(f"the ledger of {self._name} is closed")
+            self._check_open()
         self._device.attach()
-        entry = _Entry(self._allocate(nbytes, purpose, description), purpose, description)
+        entry = Entry(self._allocate(nbytes, purpose, description), purpose, description)
         if nbytes:
             self._record(entry)
         return Allocation(entry, self._reclaim)
@@ -156,57 +78,114 @@ class VramTracker:
                 code=error.code,
             ) from error
 
-    def _record(self, entry: _Entry) -> None:
-        address = entry.memory.address
+    def _record(self, entry: Entry) -> None:
         with self._lock:
-            if address in self._ledger:
-                other = self._ledger[address].description
-                raise DeviceError(
-                    f"{self._name}: {address:#x} was allocated for {entry.description!r} and holds {other!r}",
-                    device=self._name,
-                )
-            self._ledger[address] = entry
-            self._outstanding += 1
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="asyncload-reclaim", daemon=True)
-                self._thread.start()
+            other = self._ledger.overlapping(entry.memory)
+            if other is None:
+                self._ledger.add(entry)
+                self._outstanding += 1
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="asyncload-reclaim", daemon=True)
+                    self._thread.start()
+                return
+        # What the device gave is ours: its former owner has freed it and not closed his registration. Memory that we
+        # hold already is a device gone wrong, of which freeing would take what is in use.
+        if other.registered:
+            self._device.free(entry.memory)
+        raise self._ledger.overlap(entry, other)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the ledger of {self._name} is closed")
+
+    # Memory of others
+
+    def register(self, address: int, nbytes: int, purpose: Purpose, description: str) -> Registration:
+        """Records device memory that somebody else owns and frees, such as a framework's KV cache. Never blocks.
+
+        It counts by its purpose and in the total until the registration is closed, which is to be before its owner
+        frees it. Raises ``PlanError`` unless the address and ``nbytes`` are above zero and the purpose is one,
+        ``LedgerError`` if the range overlaps one of the ledger, and ``ClosedError`` after ``close``.
+        """
+        if address < 1 or nbytes < 1:
+            raise PlanError(f"{description!r}: {nbytes} bytes at {address:#x} are no memory that could be registered")
+        if purpose not in list(Purpose):
+            raise PlanError(f"{description!r}: {purpose!r} is no purpose: use one of {', '.join(Purpose)}")
+        entry = Entry(DeviceMemory(address, nbytes), Purpose(purpose), description, registered=True)
+        with self._lock:
+            self._check_open()
+            self._ledger.add(entry)
+        return Registration(entry, self._unregister)
+
+    def _unregister(self, entry: Entry) -> None:
+        with self._lock:
+            self._ledger.remove(entry)
 
     # What it holds
 
-    def _entries(self) -> list[_Entry]:
+    def _entries(self) -> list[Entry]:
         with self._lock:
-            return [*self._ledger.values(), *self._leaving]
+            return [*self._ledger, *self._leaving]
 
     @property
     def total(self) -> int:
-        """Bytes allocated and not yet freed."""
+        """Bytes allocated and not yet freed, and bytes registered."""
         return sum(entry.memory.nbytes for entry in self._entries())
 
     def by_purpose(self) -> dict[Purpose, int]:
-        """Bytes allocated and not yet freed for each purpose that has any."""
-        return _by_purpose(self._entries())
+        """Bytes allocated and not yet freed, and bytes registered, for each purpose that has any."""
+        return bytes_by_purpose(self._entries())
 
     def report(self) -> str:
-        """A table of the ledger for people: bytes and allocations by purpose, and the largest allocations."""
-        entries = self._entries()
-        sizes, counts = _by_purpose(entries), Counter(entry.purpose for entry in entries)
-        rows = [(str(purpose), format_size(size), str(counts[purpose])) for purpose, size in sizes.items()]
-        rows.append(("total", format_size(sum(sizes.values())), str(len(entries))))
-        lines = [f"{self._name:<12}{'size':>12}{'allocations':>14}"]
-        lines += [f"{name:<12}{size:>12}{count:>14}" for name, size, count in rows]
-        entries.sort(key=lambda entry: entry.memory.nbytes, reverse=True)
-        if entries:
-            lines.append("largest:")
-        lines += [f"{format_size(entry.memory.nbytes):>24}  {entry.description}" for entry in entries[:_LARGEST]]
-        return "\n".join(lines)
+        """A table of the ledger for people, of one moment.
+
+        Bytes and allocations by purpose and in all, how much of that was registered, and the largest allocations.
+        """
+        return format_report(self._name, self._entries())
+
+    # Whether it is true
+
+    def verify_residency(self) -> None:
+        """Asks the driver of all memory in the ledger whether it is this device's own. Blocks.
+
+        Raises ``ResidencyError``, which names what is not: managed memory, the host's, another device's, or nothing
+        that the driver knows. What is being freed is not asked about.
+        """
+        with self._lock:
+            entries = list(self._ledger)
+        asked = [(entry, self._device.residency(entry.memory)) for entry in entries]
+        with self._lock:  # what has left the ledger meanwhile may have been freed before it was asked about
+            strays = [
+                (entry, where) for entry, where in asked if where is not Residency.DEVICE and entry in self._ledger
+            ]
+        if strays:
+            raise self._not_resident(strays)
+
+    def _not_resident(self, strays: Sequence[tuple[Entry, Residency]]) -> ResidencyError:
+        named = [f"{entry} is {where}" for entry, where in strays[:_NAMED]]
+        if len(strays) > _NAMED:
+            named.append(f"and {len(strays) - _NAMED} more")
+        return ResidencyError(
+            f"{self._name}: memory in the ledger is not this device's: {'; '.join(named)}",
+            device=self._name,
+            allocations=[entry.description for entry, _ in strays],
+        )
+
+    def reconcile(self) -> Reconciliation:
+        """Holds what the ledger says against the change in what the driver says since the tracker was made. Blocks.
+
+        The two are not asked at one moment: what is allocated or freed meanwhile shows as a difference, and so does
+        registered memory that was there before the tracker.
+        """
+        return self._opened.reconcile(self._entries())
 
     # Freeing
 
     def flush(self) -> None:
         """Waits until everything that was dropped before this call is freed.
 
-        Raises the first error that freeing has met since the last flush. Memory of which the device would
-        not say that it is unused stays allocated, and is tried again by the next drop or flush.
+        Blocks. Raises the first error that freeing has met since the last flush. Memory of which the device would not
+        say that it is unused stays allocated, and is tried again by the next drop or flush.
         """
         self._settle()
         with self._lock:
@@ -215,9 +194,9 @@ class VramTracker:
             raise failures[0]
 
     def close(self) -> None:
-        """Ends allocating, and waits until everything that was dropped before this call is freed.
+        """Ends allocating and registering, and waits until everything that was dropped before this call is freed.
 
-        Allocations that are alive stay so, and are freed when they are dropped.
+        Blocks. Allocations that are alive stay so, and are freed when they are dropped.
         """
         with self._lock:
             self._closed = True
@@ -232,12 +211,12 @@ class VramTracker:
         flush.wait()
 
     def _run(self) -> None:
-        entries: list[_Entry] = []
+        entries: list[Entry] = []
         while True:
             items = [self._reclaim.get()]
             while not self._reclaim.empty():  # this thread alone takes from it
                 items.append(self._reclaim.get())
-            entries += [item for item in items if isinstance(item, _Entry)]
+            entries += [item for item in items if isinstance(item, Entry)]
             if entries and self._wait_for_device():
                 self._free(entries)
                 entries = []
@@ -259,13 +238,9 @@ class VramTracker:
             return False
         return True
 
-    def _free(self, entries: list[_Entry]) -> None:
-        with self._lock:
-            for entry in entries:
-                del self._ledger[entry.memory.address]
-            self._leaving.update(entries)
-        freed: list[_Entry] = []
-        for entry in entries:
+    def _free(self, entries: list[Entry]) -> None:
+        freed: list[Entry] = []
+        for entry in (leaving := self._take_out(entries)):
             try:
                 self._device.free(entry.memory)
             except Exception as error:  # noqa: BLE001 - as above; the memory stays in the ledger, as it is taken
@@ -274,16 +249,26 @@ class VramTracker:
                 freed.append(entry)
         with self._lock:
             self._leaving.difference_update(freed)
-            self._outstanding -= len(entries)
+            self._outstanding -= len(leaving)
+
+    def _take_out(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Moves lines from the ledger to those that are leaving, and returns them without the unknown ones."""
+        leaving: list[Entry] = []
+        unknown: list[LedgerError] = []
+        with self._lock:
+            for entry in entries:
+                try:
+                    self._ledger.remove(entry)
+                except LedgerError as error:
+                    unknown.append(error)
+                else:
+                    leaving.append(entry)
+            self._leaving.update(leaving)
+        for failure in unknown:
+            self._fail("was to free memory that is not in the ledger", failure)
+        return leaving
 
     def _fail(self, what: str, error: Exception) -> None:
         _log.error("%s: %s", self._name, what, exc_info=error)
         with self._lock:
             self._failures.append(error)
-
-
-def _by_purpose(entries: Iterable[_Entry]) -> dict[Purpose, int]:
-    sizes = dict.fromkeys(Purpose, 0)
-    for entry in entries:
-        sizes[entry.purpose] += entry.memory.nbytes
-    return {purpose: size for purpose, size in sizes.items() if size}

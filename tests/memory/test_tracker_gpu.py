@@ -10,7 +10,8 @@ from random import Random
 import pytest
 
 from asyncload.device import Device, DeviceMemory, open_device
-from asyncload.errors import OutOfDeviceMemoryError
+from asyncload.device._cuda import CudaDevice
+from asyncload.errors import OutOfDeviceMemoryError, ResidencyError
 from asyncload.memory import Allocation, Purpose, VramTracker
 from asyncload.testing import SleepingKernel
 
@@ -126,3 +127,54 @@ def test_out_of_memory_carries_the_breakdown(device: Device, tracker: VramTracke
     assert caught.value.code == "CUDA_ERROR_OUT_OF_MEMORY"
     assert caught.value.available is not None
     assert caught.value.available < caught.value.needed == device.info.total_bytes
+
+
+def test_the_ledger_is_within_what_the_driver_says(device: Device, tracker: VramTracker) -> None:
+    assert tracker.reconcile().within
+    held = [tracker.allocate(27 << 20, Purpose.WEIGHTS, f"blk.{number}") for number in range(40)]
+    held += [tracker.allocate(640, Purpose.WEIGHTS, f"norm.{number}") for number in range(40)]
+    stream, staging = device.stream(), device.staging(256 << 20)  # what a context grows by
+    found = tracker.reconcile()
+    assert found.ledger_change == tracker.total
+    assert found.within, found
+    stream.close()
+    staging.close()
+    held.clear()
+    tracker.flush()
+    found = tracker.reconcile()
+    assert found.ledger_change == 0
+    assert found.within, found
+
+
+def test_what_went_past_the_ledger_shows_until_it_is_registered(device: Device, tracker: VramTracker) -> None:
+    """A device object of its own stands for another library."""
+    library = open_device("cuda:0")
+    cache = library.allocate(512 << 20)
+    found = tracker.reconcile()
+    assert not found.within, found
+    assert abs(found.difference - cache.nbytes) <= found.tolerance
+    with tracker.register(cache.address, cache.nbytes, Purpose.KV_CACHE, "the cache"):
+        assert tracker.reconcile().within
+        tracker.verify_residency()
+    library.free(cache)
+    assert tracker.reconcile().within
+
+
+def test_what_is_not_in_the_devices_memory_is_named(device: Device, tracker: VramTracker) -> None:
+    assert isinstance(device, CudaDevice)
+    held = [tracker.allocate(nbytes, Purpose.WEIGHTS, f"{nbytes} bytes") for nbytes in (1, 640, 27 << 20)]
+    tracker.verify_residency()
+    staging = device.staging(4096)
+    flags = int(device.driver.CUmemAttach_flags.CU_MEM_ATTACH_GLOBAL)
+    managed = int(device.check("managed memory", device.driver.cuMemAllocManaged(4096, flags)))
+    with (
+        tracker.register(staging.address, 4096, Purpose.KV_CACHE, "pinned"),
+        tracker.register(managed, 4096, Purpose.KV_CACHE, "managed"),
+        pytest.raises(ResidencyError) as caught,
+    ):
+        tracker.verify_residency()
+    assert set(caught.value.allocations) == {"pinned", "managed"}
+    tracker.verify_residency()
+    device.check("freeing", device.driver.cuMemFree(managed))
+    staging.close()
+    assert len(held) == 3
