@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from asyncload.model import Partial
+    from asyncload.plan import Suggestion
 
 __all__ = [
     "AsyncloadError",
@@ -19,6 +20,7 @@ __all__ = [
     "CopyError",
     "DeviceError",
     "DeviceNotFoundError",
+    "DoesNotFitError",
     "ExportError",
     "FormatError",
     "LedgerError",
@@ -190,6 +192,28 @@ class RangeError(PlanError, IndexError):
         self.offset = offset
         self.nbytes = nbytes
         self.limit = limit
+
+
+class DoesNotFitError(PlanError, MemoryError):
+    """A model does not fit; ``needed`` at the least, ``available`` and ``breakdown`` (by purpose) in bytes.
+
+    ``suggestions`` are single changes that take less, those that suffice first.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed: int,
+        available: int,
+        breakdown: Mapping[str, int],
+        suggestions: tuple[Suggestion, ...],
+    ) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+        self.breakdown = dict(breakdown)
+        self.suggestions = suggestions
 
 
 class ClosedError(PlanError):

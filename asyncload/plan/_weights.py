@@ -1,0 +1,119 @@
+"""What a model's weights take of a device: what is always there, and each layer as a slot holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Final, Literal
+
+from asyncload.errors import OptionsError
+from asyncload.gguf import Header
+from asyncload.options import DeviceKind, Options
+from asyncload.plan._load import PACKED, DtypeSpec, LoadPlan, plan_load
+from asyncload.plan._shape import ModelShape
+from asyncload.plan._tensor import Decode, TensorPlan
+
+__all__ = ["LayerPlan", "PrefillDtype", "Weights", "count_weights", "prefill_copy"]
+
+PrefillDtype = Literal["fp8", "fp16"]
+
+# What cudaMalloc aligns to at least, so that kernels find a tensor in a slot as they find one in its own allocation.
+_ALIGNMENT: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer as a slot holds it: the tensors of ``load``, each at its offset, a multiple of 256.
+
+    ``nbytes`` is what that takes, ``upload_nbytes`` crosses the bus for it, and ``prefill_nbytes`` is its share of a
+    cache for prefill while it stays on the device. A ``ModelShape``'s layer has no tensors.
+    """
+
+    number: int
+    load: LoadPlan
+    offsets: tuple[int, ...]
+    nbytes: int
+    upload_nbytes: int
+    prefill_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors that are no layer's, the layers by number, and the ``scratch`` bytes in which a device decodes."""
+
+    always: LoadPlan
+    always_nbytes: int
+    layers: Mapping[int, LayerPlan]
+    scratch: int = 0
+
+
+def count_weights(
+    model: Header | ModelShape,
+    *,
+    dtype: DtypeSpec,
+    prefill: PrefillDtype | None,
+    device: DeviceKind,
+    options: Options,
+) -> Weights:
+    """Counts a model's weights as ``plan_load`` has them, with ``options`` that suit the device; raises what it raises.
+
+    An embedding that is the output head, too, is one tensor and counted once.
+    """
+    if isinstance(model, ModelShape):
+        if dtype != PACKED:
+            raise OptionsError("a ModelShape's bytes_per_weight says what its weights take, no dtype", option="dtype")
+        return _of_shape(model, prefill)
+    plan = plan_load(model, dtype=dtype, chunk_size=options.chunk_size, decode=options.decode, device=device)
+    always: list[TensorPlan] = []
+    layers: dict[int, list[TensorPlan]] = {number: [] for number in model.layers}
+    for tensor in plan.tensors:
+        number = tensor.info.layer
+        (always if number is None else layers[number]).append(tensor)
+    return Weights(
+        always=LoadPlan(tuple(always), plan.chunk_size),
+        always_nbytes=sum(_align(tensor.nbytes) for tensor in always),
+        layers=MappingProxyType(
+            {number: _layer(number, LoadPlan(tuple(layers[number]), plan.chunk_size), prefill) for number in layers}
+        ),
+        scratch=options.streams * options.chunk_size if plan.kernels(Decode.DEVICE) else 0,
+    )
+
+
+def prefill_copy(shape: tuple[int, ...], nbytes: int, prefill: PrefillDtype) -> int:
+    """Bytes of a tensor's copy in a cache for prefill, given its row-major shape and the bytes that it takes itself.
+
+    Only matrices have one. In fp8 it is a byte a weight and a float32 scale a row; in fp16 two bytes a weight, and none
+    for what takes two bytes a weight anyway.
+    """
+    weights = math.prod(shape)
+    if len(shape) < 2 or (prefill == "fp16" and nbytes == 2 * weights):  # noqa: PLR2004 - a matrix's dimensions
+        return 0
+    return _align(2 * weights if prefill == "fp16" else weights + 4 * math.prod(shape[:-1]))
+
+
+def _layer(number: int, load: LoadPlan, prefill: PrefillDtype | None) -> LayerPlan:
+    *offsets, end = accumulate((_align(tensor.nbytes) for tensor in load.tensors), initial=0)
+    copies = [prefill_copy(t.info.shape, t.nbytes, prefill) for t in load.tensors] if prefill else []
+    return LayerPlan(number, load, tuple(offsets), end, load.upload_nbytes, sum(copies))
+
+
+def _of_shape(shape: ModelShape, prefill: PrefillDtype | None) -> Weights:
+    empty = LoadPlan((), 0)
+    sizes = [math.ceil(math.prod(tensor) * shape.bytes_per_weight) for tensor in shape.layer_shapes.values()]
+    tensors = zip(shape.layer_shapes.values(), sizes, strict=True)
+    copies = [prefill_copy(tensor, size, prefill) for tensor, size in tensors] if prefill else []
+    layer = empty, (), sum(map(_align, sizes)), sum(sizes), sum(copies)
+    return Weights(
+        always=empty,
+        always_nbytes=sum(
+            _align(math.ceil(math.prod(tensor) * shape.bytes_per_weight)) for tensor in shape.other_shapes.values()
+        ),
+        layers=MappingProxyType({number: LayerPlan(number, *layer) for number in range(shape.layers)}),
+    )
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
