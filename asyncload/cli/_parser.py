@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
 from typing import get_args
 
 from asyncload import __version__
-from asyncload.options import DecodeOption
+from asyncload.options import DecodeOption, parse_size
 
 __all__ = ["make_parser"]
 
@@ -20,6 +21,8 @@ examples:
   asyncload load model.gguf --device host --dtype bf16
   asyncload load model.gguf --select 0 --select 'token_embd.*'
   asyncload plan model.gguf --dtype bf16           where each tensor would be decoded, and what crosses the bus
+  asyncload plan model.gguf --free 8GiB --context 8192
+                                                   which layers would stay in 8 GiB, and which would stream
   asyncload warmup                                 compile all kernels now, so that no load has to
 
 environment:
@@ -57,8 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
     _plan_arguments(
         commands.add_parser(
             "plan",
-            help="show what a load would do: where each tensor is decoded, and the bytes that cross the bus",
-            description="Shows what a load would do with each tensor. Reads no tensor data and needs no GPU.",
+            help="show what a load would do, or, with --free, how a model would share a device's memory",
+            description="Shows what a load would do with each tensor; with --free, which layers stay on the device and "
+            "which pass through slots, beside the cache and the workspace. Reads no tensor data and needs no GPU.",
         )
     )
     _warmup_arguments(
@@ -93,7 +97,25 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
     _request_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
-    parser.set_defaults(command=_plan)
+    memory = parser.add_argument_group("memory, with --free")
+    memory.add_argument("--free", metavar="SIZE", type=_size, help="bytes free on the device, such as 8GiB")
+    memory.add_argument("--context", metavar="TOKENS", type=int, help="what the cache of keys and values holds")
+    memory.add_argument(
+        "--kv-type", metavar="TYPE", help="the cache's type: f16 (default), f32, bf16, fp8, q8_0, q4_0, …"
+    )
+    memory.add_argument(
+        "--kv-bytes", metavar="SIZE", type=_size, help="the cache's size, whatever the model says of it"
+    )
+    memory.add_argument("--prefill-cache", choices=("fp8", "fp16"), help="with copies of resident matrices for prefill")
+    memory.add_argument(
+        "--slots", metavar="N", type=int, help="how many layers that stream are there at once (default: 2)"
+    )
+    memory.add_argument(
+        "--mode",
+        choices=("auto", "full", "hybrid", "stream"),
+        help="what layers do (default: auto, the fastest that fits)",
+    )
+    parser.set_defaults(command=partial(_plan, parser))
 
 
 def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +154,14 @@ def _request_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _size(text: str) -> int:
+    """A size in bytes."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _dtype(text: str) -> tuple[str | None, str]:
     """A dtype, with the pattern that it is for, if any; the loader judges both."""
     pattern, equals, dtype = text.rpartition("=")
@@ -160,9 +190,33 @@ def _load(arguments: argparse.Namespace) -> None:
     )
 
 
-def _plan(arguments: argparse.Namespace) -> None:
+def _plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    names = ("context", "kv_type", "kv_bytes", "prefill_cache", "slots")
+    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.free is None:
+        _plan_load(parser, arguments, [*settings, *(["mode"] if arguments.mode else [])])
+    elif arguments.select is not None:
+        parser.error("--select and --free do not go together: memory is planned for a whole model")
+    else:
+        from asyncload.cli._memory import show_memory
+
+        show_memory(
+            arguments.file,
+            device=arguments.device,
+            dtypes=arguments.dtype or [],
+            decode=arguments.decode,
+            mode=arguments.mode or "auto",
+            free=arguments.free,
+            settings=settings,
+            as_json=arguments.json,
+        )
+
+
+def _plan_load(parser: argparse.ArgumentParser, arguments: argparse.Namespace, meaningless: list[str]) -> None:
     from asyncload.cli._plan import plan
 
+    if meaningless:
+        parser.error(f"--{meaningless[0].replace('_', '-')} needs --free")
     plan(
         arguments.file,
         device=arguments.device,

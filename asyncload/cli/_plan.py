@@ -17,7 +17,7 @@ from asyncload.options import DecodeOption, DeviceKind, format_size
 if TYPE_CHECKING:
     from asyncload.plan import LoadPlan, TensorPlan
 
-__all__ = ["plan"]
+__all__ = ["device_kind", "plan"]
 
 
 def plan(
@@ -38,7 +38,7 @@ def plan(
     from asyncload.plan import Decode, plan_load
 
     device = device or default_device()
-    kind = _kind(device)
+    kind = device_kind(device)
     options = options_with(decode).suited_to(kind)
     made = plan_load(
         run(partial(read_header, file, strict=options.strict)),
@@ -53,7 +53,8 @@ def plan(
     print(json.dumps(shown.as_dict(), indent=2, ensure_ascii=False) if as_json else shown.render())
 
 
-def _kind(device: str) -> DeviceKind:
+def device_kind(device: str) -> DeviceKind:
+    """The kind of a device by its name; raises ``DeviceNotFoundError`` for a name that no device can have."""
     match device.partition(":")[0]:
         case "cuda":
             return "cuda"
