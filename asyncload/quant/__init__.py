@@ -5,14 +5,15 @@ Importing this room costs nothing: numpy and Numba come with ``prepare``, which 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
 
-__all__ = ["DType", "can_decode", "decode", "native_dtype", "prepare"]
+__all__ = ["HOST_DECODED", "DType", "can_decode", "decode", "native_dtype", "prepare"]
 
 
 class DType(StrEnum):
@@ -70,22 +71,18 @@ _NATIVE: Final = {
     GGMLType.I16: DType.INT16,
     GGMLType.I8: DType.INT8,
 }
-_DECODED: Final = frozenset(
-    {
-        GGMLType.F32,
-        GGMLType.F16,
-        GGMLType.BF16,
-        GGMLType.Q4_0,
-        GGMLType.Q4_1,
-        GGMLType.Q5_0,
-        GGMLType.Q5_1,
-        GGMLType.Q8_0,
-        GGMLType.Q4_K,
-        GGMLType.Q5_K,
-        GGMLType.Q6_K,
-    }
-)
+_FAMILIES: Final[Mapping[str, str]] = {
+    "floats": "F64 F32 F16 BF16",
+    "legacy": "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0",
+    "kquants": "Q2_K Q3_K Q4_K Q5_K Q6_K",
+    "ternary": "TQ1_0 TQ2_0 Q1_0 Q2_0",
+}
 _FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
+
+#: Which file beside this one, less its underscore, has a type's kernels.
+HOST_DECODED: Final[Mapping[GGMLType, str]] = MappingProxyType(
+    {GGMLType[name]: family for family, names in _FAMILIES.items() for name in names.split()}
+)
 
 
 def native_dtype(type: GGMLType) -> DType | None:  # noqa: A002 - the field's name
@@ -95,7 +92,7 @@ def native_dtype(type: GGMLType) -> DType | None:  # noqa: A002 - the field's na
 
 def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002
     """Whether ``decode`` can make elements of ``dtype`` from a type's blocks; plain types can stay what they are."""
-    return _NATIVE.get(type) is dtype or (type in _DECODED and dtype in _FLOATS)
+    return _NATIVE.get(type) is dtype or (type in HOST_DECODED and dtype in _FLOATS)
 
 
 def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:

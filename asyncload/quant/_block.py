@@ -6,13 +6,13 @@ auto-vectorizer, and LLVM cuts the vectors into what the processor has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncload.quant import DType
 from asyncload.quant._rounding import float_to_bfloat16, float_to_half, half_to_float
-from asyncload.quant._vector import HALF, I8, I16, I32, I64, Lane, Vector, constant, ir
+from asyncload.quant._vector import HALF, I1, I8, I16, I32, I64, Lane, Vector, constant, ir
 
 __all__ = ["Block", "Decoder", "Processor"]
 
@@ -77,7 +77,16 @@ class Block:
 
     def bits(self, offset: int, count: int) -> Vector:
         """``count`` bits, the lowest first, as bytes of 0 or 1."""
-        return self.load(offset, count // 8).cast(ir.IntType(1)).widen(I8)
+        return self.flags(offset, count).widen(I8)
+
+    def flags(self, offset: int, count: int) -> Vector:
+        """``count`` bits, the lowest first, as truth values."""
+        return self.load(offset, count // 8).cast(I1)
+
+    def crumbs(self, offset: int, count: int) -> Vector:
+        """``count`` codes of two bits, the lowest first, as bytes."""
+        words = self.load(offset, count // 8, I16).pick([lane // 8 for lane in range(count)])
+        return (words >> [2 * (lane % 8) for lane in range(count)]).narrow(I8) & 3
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -97,6 +106,41 @@ class Block:
             return
         every = Vector(self._builder, constant(I8, range(_PIECE)))
         table = [self._round(value(every + start)) for start in range(0, 1 << n_bits, _PIECE)]
+        self._look_up(index, table, codes)
+
+    def decode_groups(
+        self, group: int, rows: Sequence[Vector], n_bits: int, value: Callable[[Vector, Sequence[int]], Vector]
+    ) -> None:
+        """Stores ``value(codes, groups)`` for rows of 32 codes of ``n_bits`` bits, from that group of 16 weights on.
+
+        ``groups`` has the group of each lane. Where the processor can look them up, the values of all codes of some
+        groups, 32 in all, are computed at once.
+        """
+        if not self._processor.permute:
+            for first, codes in enumerate(rows):
+                self.store(16 * group + 32 * first, value(codes, _pair_of_groups(group + 2 * first)))
+            return
+        lanes, together = range(2 * _PIECE), _PIECE >> n_bits  # rows that share a table
+        every = Vector(self._builder, constant(I8, [lane % (1 << n_bits) for lane in lanes]))
+        for start in range(0, len(rows), together):
+            first = group + 2 * start
+            values = value(every, [first + (lane >> n_bits) for lane in lanes])
+            table = [self._round(values.part(at, _PIECE)) for at in (0, _PIECE)]
+            for row, codes in enumerate(rows[start : start + together]):
+                offsets = [place << n_bits for place in _pair_of_groups(2 * row)]
+                self._look_up(16 * first + 32 * row, table, codes | offsets)
+
+    def choose(self, index: int, where: Vector, yes: Vector, no: Vector) -> None:
+        """Stores, from weight ``index`` on, the number in ``yes`` where a truth value is true, else that in ``no``.
+
+        Both have 16 lanes, all the same, which are rounded once.
+        """
+        yes, no = self._round(yes), self._round(no)
+        for start in range(0, where.lanes, _PIECE):
+            self._write(index + start, where.part(start, _PIECE).select(yes, no))
+
+    def _look_up(self, index: int, table: list[Vector], codes: Vector) -> None:
+        """Stores what a table of 16 or 32 elements, in one or two vectors, has for 32 codes."""
         if self._dtype is DType.FLOAT32:
             for start in range(0, codes.lanes, _PIECE):
                 self._write(index + start, self._look_up_float(table, codes.part(start, _PIECE).widen(I32)))
@@ -145,6 +189,11 @@ class Block:
         if function is None:
             function = ir.Function(module, ir.FunctionType(result, [argument.type for argument in arguments]), name)
         return self._builder.call(function, arguments)
+
+
+def _pair_of_groups(group: int) -> list[int]:
+    """The group of each of 32 weights."""
+    return [group] * 16 + [group + 1] * 16
 
 
 Decoder = Callable[[Block], None]

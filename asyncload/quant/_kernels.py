@@ -18,20 +18,25 @@ import numba.core.registry
 import numba.extending
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, _block, _floats, _kquants, _legacy, _rounding, _vector
+from asyncload.quant import DType, _block, _floats, _kquants, _legacy, _rounding, _ternary, _vector
 from asyncload.quant._block import Block, Decoder, Processor
 from asyncload.quant._vector import I8, I64, ir
 
 __all__ = ["DECODERS", "KERNEL", "processor", "signature"]
 
-DECODERS: Final[dict[GGMLType, Decoder]] = {**_floats.DECODERS, **_legacy.DECODERS, **_kquants.DECODERS}
+DECODERS: Final[dict[GGMLType, Decoder]] = {
+    **_floats.DECODERS,
+    **_legacy.DECODERS,
+    **_kquants.DECODERS,
+    **_ternary.DECODERS,
+}
 
 # Numba carries no types.
 _nb: Any = numba
 _extending: Any = numba.extending
 _registry: Any = numba.core.registry
 
-_SOURCES: Final = (_block, _floats, _kquants, _legacy, _rounding, _vector)
+_SOURCES: Final = (_block, _floats, _kquants, _legacy, _rounding, _ternary, _vector)
 _BULK: Final = 32  # weights of a plain float type that are decoded at a time
 _LEVELS: Final = {"x86-64-v3": {"f16c"}, "x86-64-v4": {"f16c", "avx512bw"}}  # of the psABI's processor levels
 
