@@ -13,7 +13,7 @@ from typing import Final
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
 
-__all__ = ["HOST_DECODED", "DType", "can_decode", "decode", "native_dtype", "prepare"]
+__all__ = ["ACTIVATIONS", "HOST_DECODED", "DType", "can_decode", "decode", "native_dtype", "prepare"]
 
 
 class DType(StrEnum):
@@ -77,6 +77,8 @@ _FAMILIES: Final[Mapping[str, str]] = {
     "kquants": "Q2_K Q3_K Q4_K Q5_K Q6_K",
     "ternary": "TQ1_0 TQ2_0 Q1_0 Q2_0",
 }
+#: The types that ggml turns activations into; weights are never stored as them, and they are not decoded.
+ACTIVATIONS: Final = frozenset({GGMLType.Q8_1, GGMLType.Q8_K})
 _FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
 
 #: Which file beside this one, less its underscore, has a type's kernels.
@@ -101,7 +103,7 @@ def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:
     Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled in a subprocess then, since
     the compiler holds the interpreter lock. Where the cache cannot be written it is compiled here, and the logger
     ``asyncload.quant`` says so. May be called on any thread. Raises ``UnsupportedQuantError`` for a pair that
-    ``can_decode`` denies, before anything is compiled.
+    ``can_decode`` denies, before anything is compiled; for Q8_1 and Q8_K it says what these are.
     """
     from asyncload.quant._prepare import prepare as prepare_kernels
 

@@ -131,13 +131,11 @@ class Block:
                 self._look_up(16 * first + 32 * row, table, codes | offsets)
 
     def choose(self, index: int, where: Vector, yes: Vector, no: Vector) -> None:
-        """Stores, from weight ``index`` on, the number in ``yes`` where a truth value is true, else that in ``no``.
+        """Stores, from weight ``index`` on, for 16 truth values the lanes of ``yes`` where they are true, else of ``no``.
 
-        Both have 16 lanes, all the same, which are rounded once.
+        What is the same for the whole block is rounded once.
         """
-        yes, no = self._round(yes), self._round(no)
-        for start in range(0, where.lanes, _PIECE):
-            self._write(index + start, where.part(start, _PIECE).select(yes, no))
+        self._write(index, where.select(self._round(yes), self._round(no)))
 
     def _look_up(self, index: int, table: list[Vector], codes: Vector) -> None:
         """Stores what a table of 16 or 32 elements, in one or two vectors, has for 32 codes."""

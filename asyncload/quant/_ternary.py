@@ -60,7 +60,8 @@ def _tq2_0(block: Block) -> None:
 def _q1_0(block: Block) -> None:
     """``d`` where a bit is set, else ``-d``: d, 16 bytes of bits."""
     d = block.half(0).spread(16)
-    block.choose(0, block.flags(2, 128), d, d * -1)
+    for start in range(0, 128, 16):
+        block.choose(start, block.flags(2 + start // 8, 16), d, d * -1)
 
 
 def _q2_0(block: Block) -> None:
