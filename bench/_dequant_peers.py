@@ -107,7 +107,7 @@ def gguf_decoder(type_: GGMLType) -> Job | None:
 
 
 def ggml_decoder(type_: GGMLType, dtype: DType) -> Job | None:
-    """ggml's C, through a scratch for 16-bit results; None for plain floats, of which it has no decoder by itself."""
+    """The C of ggml, through a scratch for 16-bit results; None for plain floats, which it has no decoder for."""
     if not type_.quantized:
         return None
     decode = _ggml.decoder(type_)

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _of_limit_goal(type_: GGMLType, dtype: DType) -> tuple[float, float] | None:
+def goal_of_limit(type_: GGMLType, dtype: DType) -> tuple[float, float] | None:
     """The shares of the limit that are to be reached on one thread and on all; None for plain floats."""
     if (type_, dtype) in _OF_LIMIT_PAIRS:
         return _OF_LIMIT_PAIRS[type_, dtype]
@@ -135,7 +135,7 @@ def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, rounds:
     ours, limit = rates["ours"], max(rates[name] for name in limits) * dtype.itemsize
     of_limit = ours * (type_.type_size / type_.block_size + dtype.itemsize) / limit
     over_gguf, over_ggml = (ours / rates[peer] if peer in rates else None for peer in ("gguf", "ggml"))
-    wanted = _of_limit_goal(type_, dtype)
+    wanted = goal_of_limit(type_, dtype)
     goals = (
         ("of limit", of_limit, wanted and wanted[threads > 1]),
         ("x gguf-py", over_gguf, _OVER_GGUF),

@@ -77,6 +77,7 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
     "torch": _missing_package("torch"),
     "cupy": _missing_package("cupy"),
     "demo": _missing_demo_model,
+    "ggml": _missing_package("libggml"),
 }
 _not_run: dict[str, list[str]] = {}
 

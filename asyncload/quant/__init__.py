@@ -13,7 +13,7 @@ from typing import Final
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
 
-__all__ = ["ACTIVATIONS", "HOST_DECODED", "DType", "can_decode", "decode", "native_dtype", "prepare"]
+__all__ = ["HOST_DECODED", "DType", "can_decode", "decode", "native_dtype", "prepare", "refusal"]
 
 
 class DType(StrEnum):
@@ -77,8 +77,7 @@ _FAMILIES: Final[Mapping[str, str]] = {
     "kquants": "Q2_K Q3_K Q4_K Q5_K Q6_K",
     "ternary": "TQ1_0 TQ2_0 Q1_0 Q2_0",
 }
-#: The types that ggml turns activations into; weights are never stored as them, and they are not decoded.
-ACTIVATIONS: Final = frozenset({GGMLType.Q8_1, GGMLType.Q8_K})
+_ACTIVATIONS: Final = frozenset({GGMLType.Q8_1, GGMLType.Q8_K})
 _FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
 
 #: Which file beside this one, less its underscore, has a type's kernels.
@@ -97,13 +96,21 @@ def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002
     return _NATIVE.get(type) is dtype or (type in HOST_DECODED and dtype in _FLOATS)
 
 
+def refusal(type: GGMLType, dtype: DType) -> str:  # noqa: A002
+    """What to say of a pair that ``can_decode`` denies."""
+    message = f"{type.name} cannot be decoded to {dtype}"
+    if type in _ACTIVATIONS:
+        message += ": it is what ggml turns activations into, and no weights are stored as it"
+    return message
+
+
 def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:
     """Makes the kernels for these pairs ready in this process, so that ``decode`` only computes.
 
     Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled in a subprocess then, since
     the compiler holds the interpreter lock. Where the cache cannot be written it is compiled here, and the logger
     ``asyncload.quant`` says so. May be called on any thread. Raises ``UnsupportedQuantError`` for a pair that
-    ``can_decode`` denies, before anything is compiled; for Q8_1 and Q8_K it says what these are.
+    ``can_decode`` denies, before anything is compiled.
     """
     from asyncload.quant._prepare import prepare as prepare_kernels
 

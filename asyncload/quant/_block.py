@@ -131,7 +131,7 @@ class Block:
                 self._look_up(16 * first + 32 * row, table, codes | offsets)
 
     def choose(self, index: int, where: Vector, yes: Vector, no: Vector) -> None:
-        """Stores, from weight ``index`` on, for 16 truth values the lanes of ``yes`` where they are true, else of ``no``.
+        """Stores, from weight ``index`` on, for 16 truth values a lane of ``yes`` where true, else of ``no``.
 
         What is the same for the whole block is rounded once.
         """

@@ -15,6 +15,8 @@ from asyncload.quant._vector import I8, Lane, Vector
 
 __all__ = ["DECODERS"]
 
+_ONE, _TWO = 86, 171  # the first fractions of 256 from 1/3 on, and from 2/3 on
+
 
 def _centred(d: Lane) -> Callable[[Vector], Vector]:
     """The value of a code: ``d * (q - 1)``."""
@@ -24,11 +26,11 @@ def _centred(d: Lane) -> Callable[[Vector], Vector]:
 def _digits(fractions: Vector, count: int) -> list[Vector]:
     """The first digits in base three of bytes that are fractions of 256.
 
-    A digit is what times 3 carries out of the byte: 1 from 256 / 3 on, 2 from 2 * 256 / 3 on.
+    A digit is what times 3 carries out of the byte.
     """
     digits: list[Vector] = []
     for _ in range(count):
-        digits.append(fractions.fill(2) - (fractions < 86).widen(I8) - (fractions < 171).widen(I8))
+        digits.append(fractions.fill(2) - (fractions < _ONE).widen(I8) - (fractions < _TWO).widen(I8))
         fractions = fractions + fractions + fractions
     return digits
 
