@@ -29,11 +29,13 @@ class Processor:
     """What the processor that is compiled for can do beyond the portable code.
 
     ``half``: it converts between float16 and float32 (where it cannot, LLVM would call library functions that the
-    process does not have). ``permute``: it looks lanes up in a register by variable index (AVX-512BW).
+    process does not have). ``permute``: it looks lanes up in a register by variable index (AVX-512BW). ``look_up``: the
+    LLVM intrinsic that looks bytes up in a register of sixteen (SSSE3, AArch64), if there is one.
     """
 
     half: bool
     permute: bool
+    look_up: str = ""
 
 
 class Block:
@@ -101,12 +103,12 @@ class Block:
 
         Where the processor can look them up, ``value`` is computed, and rounded, once for each code that can occur.
         """
-        if not self._processor.permute:
+        if self._table_size < 1 << n_bits:
             self.store(index, value(codes))
             return
         every = Vector(self._builder, constant(I8, range(_PIECE)))
         table = [self._round(value(every + start)) for start in range(0, 1 << n_bits, _PIECE)]
-        self._look_up(index, table, codes)
+        self._write_entries(index, table, codes)
 
     def decode_groups(
         self, group: int, rows: Sequence[Vector], n_bits: int, value: Callable[[Vector, Sequence[int]], Vector]
@@ -114,21 +116,21 @@ class Block:
         """Stores ``value(codes, groups)`` for rows of 32 codes of ``n_bits`` bits, from that group of 16 weights on.
 
         ``groups`` has the group of each lane. Where the processor can look them up, the values of all codes of some
-        groups, 32 in all, are computed at once.
+        groups, as many as a table holds, are computed at once.
         """
-        if not self._processor.permute:
+        if not self._table_size:
             for first, codes in enumerate(rows):
                 self.store(16 * group + 32 * first, value(codes, _pair_of_groups(group + 2 * first)))
             return
-        lanes, together = range(2 * _PIECE), _PIECE >> n_bits  # rows that share a table
+        lanes, together = range(self._table_size), self._table_size // 2 >> n_bits  # rows that share a table
         every = Vector(self._builder, constant(I8, [lane % (1 << n_bits) for lane in lanes]))
         for start in range(0, len(rows), together):
             first = group + 2 * start
             values = value(every, [first + (lane >> n_bits) for lane in lanes])
-            table = [self._round(values.part(at, _PIECE)) for at in (0, _PIECE)]
+            table = [self._round(values.part(at, _PIECE)) for at in range(0, values.lanes, _PIECE)]
             for row, codes in enumerate(rows[start : start + together]):
                 offsets = [place << n_bits for place in _pair_of_groups(2 * row)]
-                self._look_up(16 * first + 32 * row, table, codes | offsets)
+                self._write_entries(16 * first + 32 * row, table, codes | offsets)
 
     def choose(self, index: int, where: Vector, yes: Vector, no: Vector) -> None:
         """Stores, from weight ``index`` on, for 16 truth values a lane of ``yes`` where true, else of ``no``.
@@ -137,14 +139,29 @@ class Block:
         """
         self._write(index, where.select(self._round(yes), self._round(no)))
 
-    def _look_up(self, index: int, table: list[Vector], codes: Vector) -> None:
+    def _write_entries(self, index: int, table: list[Vector], codes: Vector) -> None:
         """Stores what a table of 16 or 32 elements, in one or two vectors, has for 32 codes."""
         if self._dtype is DType.FLOAT32:
             for start in range(0, codes.lanes, _PIECE):
                 self._write(index + start, self._look_up_float(table, codes.part(start, _PIECE).widen(I32)))
+        elif not self._processor.permute:
+            octets = table[0].cast(I8)
+            low, high = (octets.pick(range(first, octets.lanes, 2)) for first in (0, 1))
+            for start in range(0, codes.lanes, _PIECE):
+                part = codes.part(start, _PIECE)
+                found = [self._call(self._processor.look_up, half, part) for half in (low, high)]
+                turns = [lane for pair in zip(range(_PIECE), range(_PIECE, 2 * _PIECE), strict=True) for lane in pair]
+                self._write(index + start, found[0].join(found[1]).pick(turns).cast(I16))
         else:
             both = table[0].join(table[-1])
             self._write(index, self._call("llvm.x86.avx512.permvar.hi.512", both, codes.widen(I16)))
+
+    @property
+    def _table_size(self) -> int:
+        """How many elements the processor can look lanes up in, 0 where that is slower than to compute them."""
+        if self._processor.permute:
+            return 2 * _PIECE
+        return _PIECE if self._processor.look_up and self._dtype is not DType.FLOAT32 else 0
 
     def _look_up_float(self, table: list[Vector], indices: Vector) -> Vector:
         if len(table) == 1:

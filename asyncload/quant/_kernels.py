@@ -38,7 +38,11 @@ _registry: Any = numba.core.registry
 
 _SOURCES: Final = (_block, _floats, _kquants, _legacy, _rounding, _ternary, _vector)
 _BULK: Final = 32  # weights of a plain float type that are decoded at a time
-_LEVELS: Final = {"x86-64-v3": {"f16c"}, "x86-64-v4": {"f16c", "avx512bw"}}  # of the psABI's processor levels
+_LEVELS: Final = {  # of the psABI's processor levels
+    "x86-64-v2": {"ssse3"},
+    "x86-64-v3": {"ssse3", "f16c"},
+    "x86-64-v4": {"ssse3", "f16c", "avx512bw"},
+}
 
 
 def _target() -> tuple[str, str, str]:
@@ -52,8 +56,10 @@ def processor() -> Processor:
     triple, name, flags = _target()
     features = {flag[1:] for flag in flags.split(",") if flag.startswith("+")} | _LEVELS.get(name, set())
     features -= {flag[1:] for flag in flags.split(",") if flag.startswith("-")}
-    half = "f16c" in features or triple.startswith(("aarch64", "arm64"))
-    return Processor(half=half, permute="avx512bw" in features)
+    if triple.startswith(("aarch64", "arm64")):
+        return Processor(half=True, permute=False, look_up="llvm.aarch64.neon.tbl1.v16i8")
+    look_up = "llvm.x86.ssse3.pshuf.b.128" if "ssse3" in features else ""
+    return Processor(half="f16c" in features, permute="avx512bw" in features, look_up=look_up)
 
 
 @cache

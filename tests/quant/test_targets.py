@@ -22,10 +22,19 @@ PAIRS = [
     for dtype in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
     if native_dtype(type_) is not dtype
 ]
+SHUFFLE = "llvm.x86.ssse3.pshuf.b.128"
+TABLE = "llvm.aarch64.neon.tbl1.v16i8"
 TARGETS = {
-    "aarch64": ("aarch64-linux-gnu", "", Processor(half=True, permute=False), r"\bblr?\b"),
-    "x86-64-v2": ("x86_64-linux-gnu", "x86-64-v2", Processor(half=False, permute=False), r"\bcallq?\b"),
-    "x86-64-v3": ("x86_64-linux-gnu", "x86-64-v3", Processor(half=True, permute=False), r"\bcallq?\b"),
+    "aarch64": ("aarch64-linux-gnu", "", Processor(half=True, permute=False, look_up=TABLE), r"\bblr?\b"),
+    "aarch64, computed": ("aarch64-linux-gnu", "", Processor(half=True, permute=False), r"\bblr?\b"),
+    "x86-64": ("x86_64-linux-gnu", "x86-64", Processor(half=False, permute=False), r"\bcallq?\b"),
+    "x86-64-v2": (
+        "x86_64-linux-gnu",
+        "x86-64-v2",
+        Processor(half=False, permute=False, look_up=SHUFFLE),
+        r"\bcallq?\b",
+    ),
+    "x86-64-v3": ("x86_64-linux-gnu", "x86-64-v3", Processor(half=True, permute=False, look_up=SHUFFLE), r"\bcallq?\b"),
     "x86-64-v4": ("x86_64-linux-gnu", "x86-64-v4", Processor(half=True, permute=True), r"\bcallq?\b"),
 }
 
