@@ -36,11 +36,16 @@ _PACKAGES: Final = (
 )
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of every benchmark; the loader's options come from the environment (``ASYNCLOAD_CHUNK_SIZE``)."""
+def make_parser(description: str, *, loads: bool = True) -> argparse.ArgumentParser:
+    """The arguments of every benchmark, and those of one that loads a model.
+
+    The loader's options come from the environment (``ASYNCLOAD_CHUNK_SIZE``).
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="toy size: shows that it works, not how fast")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures with machine, date and commit")
+    if not loads:
+        return parser
     parser.add_argument("--device", metavar="NAME", help="host or cuda:N (default: the first GPU, else host)")
     model = parser.add_argument_group("the model (a synthetic one, unless a file is given)")
     model.add_argument("--file", metavar="FILE", type=Path, help="a GGUF model")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -18,8 +17,9 @@ import numpy.typing as npt
 
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
+from bench import _ggml
 
-__all__ = ["Bytes", "Job", "ggml_decoder", "gguf_decoder", "writers"]
+__all__ = ["Bytes", "Job", "ggml_decoder", "gguf_decoder", "make_blocks", "writers"]
 
 Bytes = npt.NDArray[np.uint8]
 Job = Callable[[Bytes, Bytes], object]  # from blocks to weights
@@ -27,6 +27,7 @@ Job = Callable[[Bytes, Bytes], object]  # from blocks to weights
 _LINE = 64  # bytes
 _AHEAD = 2048  # bytes
 _ROW = 4096  # weights: a usual width of a tensor, by rows of which gguf-py works
+_ROWS = 4  # that differ: some of the quantizers take seconds for more
 _SCRATCH = 16384  # weights that ggml decodes before it rounds them: 64 KiB that stay in the caches
 
 _ir: Any = llvmlite.ir  # they carry no types
@@ -81,30 +82,38 @@ def writers() -> dict[str, Job]:
 # --- the peers -------------------------------------------------------------------------------------------------------
 
 
+@cache
+def make_blocks(type_: GGMLType) -> Bytes:
+    """Some blocks of normally distributed weights, as ggml quantizes them; bytes, in whole rows."""
+    values = np.random.default_rng(0).standard_normal((_ROWS, _ROW)).astype(np.float32)
+    match type_:
+        case GGMLType.F64 | GGMLType.F32 | GGMLType.F16:
+            return values.astype(f"<f{type_.type_size}").reshape(-1).view(np.uint8)
+        case GGMLType.BF16:
+            return (values.view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.uint8)
+        case _:
+            return _ggml.quantize(type_, values).reshape(-1)
+
+
 def gguf_decoder(type_: GGMLType) -> Job | None:
-    """gguf-py, which always makes float32, in memory of its own; None for float32, where it does nothing."""
-    if type_ is GGMLType.F32:
-        return None
-    number, row = gguf.GGMLQuantizationType(int(type_)), type_.nbytes(_ROW)
-    return lambda source, _: gguf.dequantize(source.reshape(-1, row), number)
+    """gguf-py, which always makes float32, in memory of its own; None where it does not decode the type."""
+    row = type_.nbytes(_ROW)
+    if type_.quantized:
+        with suppress(ValueError, NotImplementedError):  # of types newer than it, or that it only names
+            number = gguf.GGMLQuantizationType(int(type_))
+            gguf.dequantize(make_blocks(type_)[:row], number)
+            return lambda source, _: gguf.dequantize(source.reshape(-1, row), number)
+    return None
 
 
 def ggml_decoder(type_: GGMLType, dtype: DType) -> Job | None:
-    """The C of ggml as the package ``libggml-python`` ships it, through a scratch for 16-bit results; None without it.
-
-    Plain floats are left out: ggml has no decoder of theirs that stands alone.
-    """
-    libraries = _ggml()
-    if libraries is None or not type_.quantized:
+    """The C of ggml, through a scratch for 16-bit results; None for plain floats, which it has no decoder for."""
+    if not type_.quantized:
         return None
-    base, cpu = libraries
-    pointers = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    decode: Any = getattr(base, f"dequantize_row_{type_.name[0].lower()}{type_.name[1:]}")
-    decode.argtypes, decode.restype = pointers, None
+    decode = _ggml.decoder(type_)
     if dtype is DType.FLOAT32:
         return lambda source, target: decode(source.ctypes.data, target.ctypes.data, target.nbytes // 4)
-    rounded: Any = cpu.ggml_cpu_fp32_to_fp16 if dtype is DType.FLOAT16 else cpu.ggml_cpu_fp32_to_bf16
-    rounded.argtypes, rounded.restype = pointers, None
+    rounding = _ggml.rounding(dtype)
 
     def decode_and_round(source: Bytes, target: Bytes) -> None:
         scratch = np.empty(_SCRATCH, np.float32)
@@ -112,21 +121,6 @@ def ggml_decoder(type_: GGMLType, dtype: DType) -> Job | None:
         begin, middle, end = source.ctypes.data, scratch.ctypes.data, target.ctypes.data
         for piece in range(source.nbytes // step):
             decode(begin + piece * step, middle, _SCRATCH)
-            rounded(middle, end + piece * _SCRATCH * 2, _SCRATCH)
+            rounding(middle, end + piece * _SCRATCH * 2, _SCRATCH)
 
     return decode_and_round
-
-
-@cache
-def _ggml() -> tuple[Any, Any] | None:
-    """The two libraries of ggml: the reference decoders, and what is compiled for this processor."""
-    found = find_spec("libggml")
-    if found is None or found.origin is None:
-        return None
-    for folder in Path(found.origin).parent.glob("lib*"):
-        names = [folder / f"libggml-{part}.so" for part in ("base", "cpu")]
-        if all(name.exists() for name in names):
-            base, cpu = (ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL) for name in names)
-            cpu.ggml_cpu_init()
-            return base, cpu
-    return None

@@ -78,6 +78,7 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
     "transformers": _missing_package("transformers"),
     "cupy": _missing_package("cupy"),
     "demo": _missing_demo_model,
+    "ggml": _missing_package("libggml"),
 }
 _not_run: dict[str, list[str]] = {}
 

@@ -12,7 +12,7 @@ from asyncload.options import DecodeOption, DeviceKind
 from asyncload.plan._chunks import Chunk, cut_chunks
 from asyncload.plan._select import Selection, match_names, select_tensors
 from asyncload.plan._tensor import Decode, TensorPlan
-from asyncload.quant import DType, can_decode, cuda, native_dtype
+from asyncload.quant import DType, can_decode, cuda, native_dtype, refusal
 
 __all__ = ["PACKED", "DtypeSpec", "LoadPlan", "all_kernels", "plan_load"]
 
@@ -143,8 +143,7 @@ def _place(info: TensorInfo, dtype: DType, option: DecodeOption, device: DeviceK
     on_device = option == "device" or (option == "auto" and device == "cuda" and by_device and aligned)
     if not (by_device if on_device else can_decode(info.type, dtype)):
         raise UnsupportedQuantError(
-            f"{info.name}: {info.type.name} cannot be decoded to {dtype} on the {'device' if on_device else 'host'}; "
-            "dtype='packed' loads its blocks as they are",
+            f"{info.name}: {refusal(info.type, dtype)}; dtype='packed' loads its blocks as they are",
             tensor=info.name,
             type=info.type.name,
             dtype=str(dtype),

@@ -5,14 +5,15 @@ Importing this room costs nothing: numpy and Numba come with ``prepare``, which 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
 
-__all__ = ["DType", "can_decode", "decode", "native_dtype", "prepare"]
+__all__ = ["HOST_DECODED", "DType", "can_decode", "decode", "native_dtype", "prepare", "refusal"]
 
 
 class DType(StrEnum):
@@ -70,33 +71,21 @@ _NATIVE: Final = {
     GGMLType.I16: DType.INT16,
     GGMLType.I8: DType.INT8,
 }
-_DECODED: Final = frozenset(
-    {
-        GGMLType.F32,
-        GGMLType.F16,
-        GGMLType.BF16,
-        GGMLType.Q4_0,
-        GGMLType.Q4_1,
-        GGMLType.Q5_0,
-        GGMLType.Q5_1,
-        GGMLType.Q8_0,
-        GGMLType.Q4_K,
-        GGMLType.Q5_K,
-        GGMLType.Q6_K,
-        GGMLType.IQ1_S,
-        GGMLType.IQ1_M,
-        GGMLType.IQ2_XXS,
-        GGMLType.IQ2_XS,
-        GGMLType.IQ2_S,
-        GGMLType.IQ3_XXS,
-        GGMLType.IQ3_S,
-        GGMLType.IQ4_NL,
-        GGMLType.IQ4_XS,
-        GGMLType.MXFP4,
-        GGMLType.NVFP4,
-    }
-)
+_FAMILIES: Final[Mapping[str, str]] = {
+    "floats": "F64 F32 F16 BF16",
+    "legacy": "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0",
+    "kquants": "Q2_K Q3_K Q4_K Q5_K Q6_K",
+    "iquants": "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS",
+    "ternary": "TQ1_0 TQ2_0 Q1_0 Q2_0",
+    "fp4": "MXFP4 NVFP4",
+}
+_ACTIVATIONS: Final = frozenset({GGMLType.Q8_1, GGMLType.Q8_K})
 _FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
+
+#: Which file beside this one, less its underscore, has a type's kernels.
+HOST_DECODED: Final[Mapping[GGMLType, str]] = MappingProxyType(
+    {GGMLType[name]: family for family, names in _FAMILIES.items() for name in names.split()}
+)
 
 
 def native_dtype(type: GGMLType) -> DType | None:  # noqa: A002 - the field's name
@@ -106,7 +95,15 @@ def native_dtype(type: GGMLType) -> DType | None:  # noqa: A002 - the field's na
 
 def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002
     """Whether ``decode`` can make elements of ``dtype`` from a type's blocks; plain types can stay what they are."""
-    return _NATIVE.get(type) is dtype or (type in _DECODED and dtype in _FLOATS)
+    return _NATIVE.get(type) is dtype or (type in HOST_DECODED and dtype in _FLOATS)
+
+
+def refusal(type: GGMLType, dtype: DType) -> str:  # noqa: A002
+    """What to say of a pair that ``can_decode`` denies."""
+    message = f"{type.name} cannot be decoded to {dtype}"
+    if type in _ACTIVATIONS:
+        message += ": it is what ggml turns activations into, and no weights are stored as it"
+    return message
 
 
 def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from asyncload.quant import DType
 from asyncload.quant._rounding import float_to_bfloat16, float_to_half, half_to_float
-from asyncload.quant._vector import HALF, I8, I16, I32, I64, Lane, Vector, constant, ir
+from asyncload.quant._vector import HALF, I1, I8, I16, I32, I64, Lane, Vector, constant, ir
 
 __all__ = ["Block", "Decoder", "Processor", "Table"]
 
@@ -91,7 +91,16 @@ class Block:
 
     def bits(self, offset: int, count: int) -> Vector:
         """``count`` bits, the lowest first, as bytes of 0 or 1."""
-        return self.load(offset, count // 8).cast(ir.IntType(1)).widen(I8)
+        return self.flags(offset, count).widen(I8)
+
+    def flags(self, offset: int, count: int) -> Vector:
+        """``count`` bits, the lowest first, as truth values."""
+        return self.load(offset, count // 8).cast(I1)
+
+    def crumbs(self, offset: int, count: int) -> Vector:
+        """``count`` codes of two bits, the lowest first, as bytes."""
+        words = self.load(offset, count // 8, I16).pick([lane // 8 for lane in range(count)])
+        return (words >> [2 * (lane % 8) for lane in range(count)]).narrow(I8) & 3
 
     # --- tables ------------------------------------------------------------------------------------------------------
 
@@ -157,20 +166,68 @@ class Block:
         Where the processor can look them up, ``value`` is computed, and rounded, once for each code that can occur, in
         each of ``runs`` equal runs of the codes; ``value`` is always given codes in as many equal runs.
         """
-        if not self._processor.permute:
+        size = max(1 << n_bits, _PIECE // runs)
+        if self._table_size < size * runs:
             self.store(index, value(codes))
             return
-        size = max(1 << n_bits, _PIECE // runs)
         every = value(Vector(self._builder, constant(I8, [*range(size)] * runs)))
         table = [self._round(every.part(start, _PIECE)) for start in range(0, every.lanes, _PIECE)]
         if runs > 1:
             codes |= [lane * runs // codes.lanes * size for lane in range(codes.lanes)]
+        self._write_entries(index, table, codes)
+
+    def decode_groups(
+        self, group: int, rows: Sequence[Vector], n_bits: int, value: Callable[[Vector, Sequence[int]], Vector]
+    ) -> None:
+        """Stores ``value(codes, groups)`` for rows of 32 codes of ``n_bits`` bits, from that group of 16 weights on.
+
+        ``groups`` has the group of each lane. Where the processor can look them up, the values of all codes of some
+        groups, as many as a table holds, are computed at once.
+        """
+        if not self._table_size:
+            for first, codes in enumerate(rows):
+                self.store(16 * group + 32 * first, value(codes, _pair_of_groups(group + 2 * first)))
+            return
+        lanes, together = range(self._table_size), self._table_size // 2 >> n_bits  # rows that share a table
+        every = Vector(self._builder, constant(I8, [lane % (1 << n_bits) for lane in lanes]))
+        for start in range(0, len(rows), together):
+            first = group + 2 * start
+            values = value(every, [first + (lane >> n_bits) for lane in lanes])
+            table = [self._round(values.part(at, _PIECE)) for at in range(0, values.lanes, _PIECE)]
+            for row, codes in enumerate(rows[start : start + together]):
+                offsets = [place << n_bits for place in _pair_of_groups(2 * row)]
+                self._write_entries(16 * first + 32 * row, table, codes | offsets)
+
+    def choose(self, index: int, where: Vector, yes: Vector, no: Vector) -> None:
+        """Stores, from weight ``index`` on, for 16 truth values a lane of ``yes`` where true, else of ``no``.
+
+        What is the same for the whole block is rounded once.
+        """
+        self._write(index, where.select(self._round(yes), self._round(no)))
+
+    def _write_entries(self, index: int, table: list[Vector], codes: Vector) -> None:
+        """Stores what a table of 16 or 32 elements, in one or two vectors, has for 32 codes."""
         if self._dtype is DType.FLOAT32:
             for start in range(0, codes.lanes, _PIECE):
                 self._write(index + start, self._look_up_float(table, codes.part(start, _PIECE).widen(I32)))
+        elif not self._processor.permute:
+            octets = table[0].cast(I8)
+            low, high = (octets.pick(range(first, octets.lanes, 2)) for first in (0, 1))
+            for start in range(0, codes.lanes, _PIECE):
+                part = codes.part(start, _PIECE)
+                found = [self._call(self._processor.look_up, half, part) for half in (low, high)]
+                turns = [lane for pair in zip(range(_PIECE), range(_PIECE, 2 * _PIECE), strict=True) for lane in pair]
+                self._write(index + start, found[0].join(found[1]).pick(turns).cast(I16))
         else:
             both = table[0].join(table[-1])
             self._write(index, self._call("llvm.x86.avx512.permvar.hi.512", both, codes.widen(I16)))
+
+    @property
+    def _table_size(self) -> int:
+        """How many elements the processor can look lanes up in, 0 where that is slower than to compute them."""
+        if self._processor.permute:
+            return 2 * _PIECE
+        return _PIECE if self._processor.look_up and self._dtype is not DType.FLOAT32 else 0
 
     def _look_up_float(self, table: list[Vector], indices: Vector) -> Vector:
         if len(table) == 1:
@@ -213,6 +270,11 @@ class Block:
         if function is None:
             function = ir.Function(module, ir.FunctionType(result, [argument.type for argument in arguments]), name)
         return self._builder.call(function, arguments)
+
+
+def _pair_of_groups(group: int) -> list[int]:
+    """The group of each of 32 weights."""
+    return [group] * 16 + [group + 1] * 16
 
 
 Decoder = Callable[[Block], None]

@@ -18,7 +18,19 @@ import numba.core.registry
 import numba.extending
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, _block, _floats, _fp4, _iquants, _kquants, _legacy, _rounding, _tables, _vector
+from asyncload.quant import (
+    DType,
+    _block,
+    _floats,
+    _fp4,
+    _iquants,
+    _kquants,
+    _legacy,
+    _rounding,
+    _tables,
+    _ternary,
+    _vector,
+)
 from asyncload.quant._block import Block, Decoder, Processor
 from asyncload.quant._vector import I8, I64, ir
 
@@ -29,6 +41,7 @@ DECODERS: Final[dict[GGMLType, Decoder]] = {
     **_legacy.DECODERS,
     **_kquants.DECODERS,
     **_iquants.DECODERS,
+    **_ternary.DECODERS,
     **_fp4.DECODERS,
 }
 
@@ -37,7 +50,18 @@ _nb: Any = numba
 _extending: Any = numba.extending
 _registry: Any = numba.core.registry
 
-_SOURCES: Final = (_block, _floats, _fp4, _iquants, _kquants, _legacy, _rounding, _tables, _vector)
+_SOURCES: Final = (
+    _block,
+    _floats,
+    _fp4,
+    _iquants,
+    _kquants,
+    _legacy,
+    _rounding,
+    _tables,
+    _ternary,
+    _vector,
+)
 _BULK: Final = 32  # weights of a plain float type that are decoded at a time
 _LEVELS: Final = {  # of the psABI's processor levels
     "x86-64-v2": {"ssse3"},

@@ -6,7 +6,7 @@ The blocks are those of ggml-common.h, the values those of dequantize_row_* in g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from asyncload.gguf import GGMLType
@@ -14,6 +14,44 @@ from asyncload.quant._block import Block, Decoder
 from asyncload.quant._vector import Lane, Vector
 
 __all__ = ["DECODERS"]
+
+
+def _crumbs(block: Block, offset: int) -> list[Vector]:
+    """Four rows of 32 codes of two bits: each of 32 bytes has one of each row, the first in its lowest bits."""
+    codes = block.load(offset, 32)
+    return [(codes >> (2 * row)) & 3 for row in range(4)]
+
+
+def _q2_k(block: Block) -> None:
+    """``d * q - m`` in groups of 16: 16 bytes of scales (low halves) and minima, 64 of codes, the two factors."""
+    scales, minima = block.nibbles(0, 16)
+    d, m = scales.to_float() * block.half(80), minima.to_float() * block.half(82)
+
+    def value(q: Vector, groups: Sequence[int]) -> Vector:
+        return q.to_float() * d.pick(groups) - m.pick(groups)
+
+    for half in range(2):
+        block.decode_groups(8 * half, _crumbs(block, 16 + 32 * half), 2, value)
+
+
+def _q3_k(block: Block) -> None:
+    """``d * (q - 4)`` in groups of 16: 32 bytes of third bits, 64 of codes as in Q2_K, 12 of 6-bit scales, the factor.
+
+    Bit n of the third bits' bytes belongs to row n. Of the scales' bytes the first eight have the low four bits, first
+    those of eight groups, then of the others; the last four have the high two, of four groups to each two bits.
+    """
+    low, high = block.nibbles(96, 8)
+    upper = block.load(104, 4).pick([group % 4 for group in range(16)])
+    upper = (upper >> [group // 4 * 2 for group in range(16)]) & 3
+    d = ((low.join(high) | (upper << 4)) - 32).to_float() * block.half(108)
+    third = block.load(0, 32)
+
+    def value(q: Vector, groups: Sequence[int]) -> Vector:
+        return (q - 4).to_float() * d.pick(groups)
+
+    for half in range(2):
+        rows = enumerate(_crumbs(block, 32 + 32 * half), 4 * half)
+        block.decode_groups(8 * half, [codes | (((third >> row) & 1) << 2) for row, codes in rows], 3, value)
 
 
 def _scales_and_minima(block: Block) -> tuple[Vector, Vector]:
@@ -66,6 +104,8 @@ def _q6_k(block: Block) -> None:
 
 
 DECODERS: Final[Mapping[GGMLType, Decoder]] = {
+    GGMLType.Q2_K: _q2_k,
+    GGMLType.Q3_K: _q3_k,
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncload.errors import UnsupportedQuantError
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, can_decode, native_dtype
+from asyncload.quant import DType, can_decode, native_dtype, refusal
 from asyncload.quant._subprocess import run_module
 
 if TYPE_CHECKING:
@@ -34,9 +34,8 @@ def prepare(pairs: Collection[Pair]) -> None:
     """Fills ``READY`` for these pairs; see ``asyncload.quant.prepare``."""
     for type_, dtype in pairs:
         if not can_decode(type_, dtype):
-            raise UnsupportedQuantError(
-                f"{type_.name} cannot be decoded to {dtype}", tensor="", type=type_.name, dtype=str(dtype)
-            )
+            message = refusal(type_, dtype)
+            raise UnsupportedQuantError(message, tensor="", type=type_.name, dtype=str(dtype))
     wanted = [pair for pair in dict.fromkeys(pairs) if native_dtype(pair[0]) is not pair[1]]
     if all(pair in READY for pair in wanted):
         return

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import llvmlite.ir
 
-__all__ = ["FLOAT", "HALF", "I1", "I8", "I16", "I32", "I64", "Lane", "Operand", "Vector", "constant", "ir"]
+__all__ = ["DOUBLE", "FLOAT", "HALF", "I1", "I8", "I16", "I32", "I64", "Lane", "Operand", "Vector", "constant", "ir"]
 
 ir: Any = llvmlite.ir  # it carries no types
 
@@ -19,6 +19,7 @@ I32: Final = ir.IntType(32)
 I64: Final = ir.IntType(64)
 HALF: Final = ir.HalfType()
 FLOAT: Final = ir.FloatType()
+DOUBLE: Final = ir.DoubleType()
 
 
 def constant(element: Any, values: Sequence[float]) -> Any:
@@ -41,7 +42,7 @@ class Lane:
 
 
 class Vector:
-    """An LLVM vector; operators act lane by lane with another vector, one lane of it, a number, or one for each lane.
+    """An LLVM vector; operators act lane by lane with another vector, one lane of it, a number, or one for each.
 
     The lanes are integers or floats and never change by themselves: ``to_float``, ``widen`` and ``narrow`` say so.
     """
@@ -67,9 +68,7 @@ class Vector:
             return other.spread(self.lanes).value
         if isinstance(other, Vector):
             return other.value
-        if isinstance(other, Sequence):
-            return constant(self.element, other)
-        return constant(self.element, [other] * self.lanes)
+        return constant(self.element, other if isinstance(other, Sequence) else [other] * self.lanes)
 
     def _apply(self, integers: str, floats: str, other: Operand) -> Vector:
         operation = getattr(self.builder, floats if self.element == FLOAT else integers)
@@ -161,7 +160,9 @@ class Vector:
         return Vector(self.builder, self.builder.trunc(self.value, ir.VectorType(element, self.lanes)))
 
     def to_float(self) -> Vector:
-        """Each lane, a signed integer, as a float32."""
+        """Each lane, a signed integer or a float64, as a float32; what does not fit is rounded to the nearest."""
+        if self.element == DOUBLE:
+            return Vector(self.builder, self.builder.fptrunc(self.value, ir.VectorType(FLOAT, self.lanes)))
         wide = self.builder.sext(self.value, ir.VectorType(I32, self.lanes))
         return Vector(self.builder, self.builder.sitofp(wide, ir.VectorType(FLOAT, self.lanes)))
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 
-import libgguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,20 +16,25 @@ import pytest
 from asyncload.errors import RangeError, UnsupportedQuantError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, can_decode, decode, native_dtype, prepare
+from tests.quant import oracle
 
 Bytes = npt.NDArray[np.uint8]
-PAIRS = [
-    pytest.param(type_, dtype, id=f"{type_.name}-{dtype}")
+KERNELS = [
+    (type_, dtype)
     for type_ in GGMLType
     for dtype in DType
     if can_decode(type_, dtype) and native_dtype(type_) is not dtype
 ]
-QUANTIZED = [type_ for type_ in GGMLType if type_.quantized and can_decode(type_, DType.FLOAT32)]
+PAIRS = [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in KERNELS]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _prepared() -> None:
-    prepare([pair.values for pair in PAIRS])  # type: ignore[misc]  # all in one subprocess
+    prepare(KERNELS)  # all in one subprocess
+
+
+def blocks(type_: GGMLType) -> Bytes:
+    return oracle.blocks(type_).reshape(-1)
 
 
 def decoded(type_: GGMLType, dtype: DType, source: Bytes) -> Bytes:
@@ -34,30 +43,14 @@ def decoded(type_: GGMLType, dtype: DType, source: Bytes) -> Bytes:
     return target
 
 
-@pytest.mark.parametrize(("type_", "dtype"), PAIRS)
-def test_every_bit_is_the_references(
-    type_: GGMLType,
-    dtype: DType,
-    blocks: Callable[[GGMLType], Bytes],
-    mistakes: Callable[[GGMLType, DType, Bytes], int],
-) -> None:
-    assert mistakes(type_, dtype, decoded(type_, dtype, blocks(type_))) == 0
-
-
-@pytest.mark.parametrize("type_", QUANTIZED, ids=lambda type_: type_.name)
-def test_another_reference_says_the_same(
-    type_: GGMLType, blocks: Callable[[GGMLType], Bytes], mistakes: Callable[[GGMLType, DType, Bytes], int]
-) -> None:
-    rows = blocks(type_).reshape(-1, type_.type_size)
-    values: npt.NDArray[np.float32] = libgguf.dequantize_rows(rows, int(type_), type_.block_size)
-    assert mistakes(type_, DType.FLOAT32, np.ascontiguousarray(values).reshape(-1).view(np.uint8)) == 0
+@pytest.mark.parametrize(("type_", "dtype"), oracle.parameters(KERNELS))
+def test_every_bit_is_the_references(type_: GGMLType, dtype: DType) -> None:
+    assert oracle.mistakes(type_, dtype, decoded(type_, dtype, blocks(type_))) == 0
 
 
 @pytest.mark.parametrize(("type_", "dtype"), PAIRS)
-@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 100])
-def test_any_number_of_blocks_anywhere_in_memory(
-    type_: GGMLType, dtype: DType, count: int, blocks: Callable[[GGMLType], Bytes]
-) -> None:
+@pytest.mark.parametrize("count", [1, 2, 5, 31, 32, 33, 100])
+def test_any_number_of_blocks_anywhere_in_memory(type_: GGMLType, dtype: DType, count: int) -> None:
     source = blocks(type_)[: count * type_.type_size]
     wanted = decoded(type_, dtype, source)
     for shift in (1, 3, 7):
@@ -71,7 +64,7 @@ def test_any_number_of_blocks_anywhere_in_memory(
 
 
 @pytest.mark.parametrize(("type_", "dtype"), PAIRS)
-def test_pieces_are_the_whole(type_: GGMLType, dtype: DType, blocks: Callable[[GGMLType], Bytes]) -> None:
+def test_pieces_are_the_whole(type_: GGMLType, dtype: DType) -> None:
     source = blocks(type_)[: 150 * type_.type_size]
     cuts = [source[begin * type_.type_size : end * type_.type_size] for begin, end in ((0, 1), (1, 66), (66, 150))]
     pieces = b"".join(decoded(type_, dtype, piece).tobytes() for piece in cuts)
@@ -86,7 +79,7 @@ def test_what_is_there_already_is_copied(type_: GGMLType) -> None:
     assert decoded(type_, dtype, source).tobytes() == source.tobytes()
 
 
-def test_bytes_and_views_of_other_formats_are_sources_too(blocks: Callable[[GGMLType], Bytes]) -> None:
+def test_bytes_and_views_of_other_formats_are_sources_too() -> None:
     source = blocks(GGMLType.Q8_0)[: 34 * 20]
     wanted = decoded(GGMLType.Q8_0, DType.FLOAT16, source).tobytes()
     for view in (memoryview(source.tobytes()), source.view(np.uint16).data):
@@ -139,6 +132,56 @@ def test_pairs_outside_the_table_are_refused(type_: GGMLType, dtype: DType) -> N
     with pytest.raises(UnsupportedQuantError) as caught:
         decode(type_, dtype, memoryview(b""), memoryview(bytearray()))
     assert (caught.value.type, caught.value.dtype) == (type_.name, str(dtype))
+
+
+@pytest.mark.parametrize("name", ["Q8_1", "Q8_K"])
+def test_the_types_of_activations_are_refused_as_such(name: str) -> None:
+    message = f"{name} cannot be decoded to bfloat16: .* activations"
+    with pytest.raises(UnsupportedQuantError, match=message):
+        decode(GGMLType[name], DType.BFLOAT16, memoryview(b""), memoryview(bytearray()))
+    with pytest.raises(UnsupportedQuantError, match=message):
+        prepare([(GGMLType[name], DType.BFLOAT16)])
+
+
+@pytest.mark.parametrize(
+    ("type_", "dtype"), [(GGMLType.Q1_0, DType.FLOAT32), (GGMLType.F32, DType.FLOAT16)], ids=["Q1_0", "F32"]
+)
+def test_beyond_four_gigabytes(type_: GGMLType, dtype: DType) -> None:
+    """Source or target passes 2^32 bytes: what is written last is right, and is written last.
+
+    Both repeat a little memory, at lengths that do not divide 2^32, so that no place is taken for one 2^32 before it.
+    """
+    count = (1 << 32) // max(type_.type_size, type_.block_size * dtype.itemsize) + 50_000
+    step = type_.block_size * dtype.itemsize
+    with repeated(count * type_.type_size, 3 << 20) as source, repeated(count * step, 5 << 20) as target:
+        source[: 3 << 20] = np.random.default_rng(0).integers(0, 128, 3 << 20, dtype=np.uint8)
+        decode(type_, dtype, source.data, target.data)
+        last = 20_000  # blocks
+        wanted = decoded(type_, dtype, source[-last * type_.type_size :].copy())
+        assert (target[-wanted.size :] == wanted)[-(4 << 20) :].all()
+
+
+@contextmanager
+def repeated(nbytes: int, period: int) -> Generator[Bytes]:
+    """An array of any size that takes ``period`` bytes of memory, which it shows again and again."""
+    libc: Any = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    whole, fixed = -(-nbytes // period) * period, 0x10
+    file = os.memfd_create("repeated")
+    try:
+        os.ftruncate(file, period)
+        base = libc.mmap(None, whole, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        for at in range(base, base + whole, period):
+            assert libc.mmap(at, period, access, mmap.MAP_SHARED | fixed, file, 0) == at
+    finally:
+        os.close(file)
+    try:
+        yield np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(base))
+    finally:
+        assert libc.munmap(base, whole) == 0
 
 
 def test_the_interpreter_runs_while_a_kernel_does() -> None:

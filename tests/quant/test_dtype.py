@@ -9,8 +9,10 @@ import pytest
 
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, can_decode, native_dtype
+from asyncload.quant import HOST_DECODED, DType, can_decode, native_dtype
 from asyncload.quant._kernels import DECODERS
+from asyncload.quant.cuda import CUDA_DECODED
+from tests.quant import oracle
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,15 @@ def test_plain_types_are_native_and_of_the_same_size(type_: GGMLType) -> None:
 
 
 def test_the_table_is_what_has_a_decoder() -> None:
-    decoded = {type_ for type_ in GGMLType if can_decode(type_, DType.FLOAT32)}
-    assert decoded == DECODERS.keys()
+    homes = {type_: f"asyncload.quant._{family}" for type_, family in HOST_DECODED.items()}
+    assert {type_: decoder.__module__ for type_, decoder in DECODERS.items()} == homes
+    assert {type_ for type_ in GGMLType if can_decode(type_, DType.FLOAT16)} == HOST_DECODED.keys()
+
+
+@pytest.mark.parametrize("where", ["host", "cuda"])
+def test_every_type_that_weights_are_stored_as_is_decoded(where: str) -> None:
+    table = {"host": HOST_DECODED, "cuda": CUDA_DECODED}[where]
+    assert {type_.name for type_ in oracle.STORED} - {type_.name for type_ in table} == set()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +70,7 @@ def test_the_table_is_what_has_a_decoder() -> None:
         (GGMLType.I32, DType.FLOAT32),
         (GGMLType.F32, DType.INT32),
         (GGMLType.Q4_K, DType.UINT8),
-        (GGMLType.F64, DType.FLOAT32),
+        (GGMLType.F32, DType.FLOAT64),
         (GGMLType.Q8_K, DType.FLOAT32),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 from asyncload.quant.cuda import CUDA_DECODED, can_decode, prepare
+from tests.quant import oracle
 
 pytestmark = pytest.mark.gpu
 
@@ -101,12 +102,12 @@ def gpu() -> Iterator[Gpu]:
     gpu.stream.close()
 
 
-def test_every_bit_is_the_references(type_: GGMLType, dtype: DType, gpu: Gpu, oracle: Any) -> None:
+def test_every_bit_is_the_references(type_: GGMLType, dtype: DType, gpu: Gpu) -> None:
     for shift in (0, 1, 2, 4, 8):
         assert oracle.mistakes(type_, dtype, gpu.decode(type_, dtype, oracle.blocks(type_), shift=shift)) == 0
 
 
-def test_any_number_of_blocks_from_any_block_on(type_: GGMLType, dtype: DType, gpu: Gpu, oracle: Any) -> None:
+def test_any_number_of_blocks_from_any_block_on(type_: GGMLType, dtype: DType, gpu: Gpu) -> None:
     for number, count in enumerate((1, 2, 3, 7, 31, 33, 1000)):
         shift, target_shift = number * type_.type_size, 0 if type_.quantized else number * dtype.itemsize
         got = gpu.decode(type_, dtype, oracle.blocks(type_)[:count], shift=shift, target_shift=target_shift)
@@ -132,7 +133,7 @@ def test_what_float16_cannot_hold_is_infinite(gpu: Gpu) -> None:
     assert got[:3].tolist() == [65504, -np.inf, np.inf]
 
 
-def test_every_stream_by_the_protocol_will_do(gpu: Gpu, oracle: Any) -> None:
+def test_every_stream_by_the_protocol_will_do(gpu: Gpu) -> None:
     from asyncload.device import open_device
 
     some = oracle.blocks(GGMLType.Q8_0)[:100]

@@ -20,6 +20,7 @@ from asyncload.gguf import GGMLType
 from asyncload.quant import DType, native_dtype
 from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, kernel_name, source
 from asyncload.quant.cuda._source import assemble
+from tests.quant import oracle
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -162,28 +163,13 @@ def decoded(
     return target[at : at + nbytes].copy()
 
 
-@pytest.mark.parametrize("type_name", [type_.name for type_ in CUDA_DECODED if type_.quantized])
-def test_the_references_agree(type_name: str, oracle: Any) -> None:
-    type_ = GGMLType[type_name]
-    got = oracle.by_ggml(type_, oracle.blocks(type_))
-    try:
-        with np.errstate(all="ignore"):
-            oracle.by_gguf(type_, oracle.blocks(type_))
-    except (NotImplementedError, ValueError):
-        assert type_name in ("Q1_0", "Q2_0")  # ggml is the only one
-    else:
-        assert oracle.mistakes(type_, DType.FLOAT32, got.view(np.uint8)) == 0
-
-
 @pytest.mark.parametrize("shift", [0, 16, 1, 2, 4])
-def test_every_bit_is_the_references(
-    type_: GGMLType, dtype: DType, shift: int, library: ctypes.CDLL, oracle: Any
-) -> None:
+def test_every_bit_is_the_references(type_: GGMLType, dtype: DType, shift: int, library: ctypes.CDLL) -> None:
     assert oracle.mistakes(type_, dtype, decoded(library, type_, dtype, oracle.blocks(type_), shift=shift)) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 31, 33])
-def test_any_number_of_blocks(type_: GGMLType, dtype: DType, count: int, library: ctypes.CDLL, oracle: Any) -> None:
+def test_any_number_of_blocks(type_: GGMLType, dtype: DType, count: int, library: ctypes.CDLL) -> None:
     some = oracle.blocks(type_)[:count]
     for first in range(4):  # plain weights may go to any multiple of their size
         target_shift = 0 if type_.quantized else first * dtype.itemsize
