@@ -2,8 +2,8 @@
 
 Speed is held against the machine's own limit of writing, gguf-py, and ggml's C. Buffers are reused and lie outside the
 caches (except with ``--quick``); variants take turns, and medians are compared. A byte counts when it is read from the
-blocks or written as a weight. A call writes as much as a chunk of a load, whoever is called: the processor's limit of
-writing is another one for calls that are larger than its caches, which the C library writes around them.
+blocks or written as a weight. A call writes as much as a chunk of a load, whoever is called; with ``--call`` it writes
+more. (The limit of calls that are larger than the caches is another one, as the C library writes these around them.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ Share = list[tuple[Bytes, Bytes]]  # pieces of source and target
 
 _DTYPES: Final = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
 _ALIGNMENT: Final = 16384  # weights: whole blocks, cache lines and scratches of any type
-_PIECE: Final = 4 << 20  # bytes that a call writes
 _SLOW_SHARE: Final = 16  # gguf-py is measured on this fraction of the weights
 
 # Goals: shares of the limit on one thread and on all, by type or family; multiples of gguf-py and of ggml.
@@ -66,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--types", nargs="+", metavar="TYPE", default=[type_.name for type_ in HOST_DECODED])
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", type=DType.parse, default=_DTYPES)
     parser.add_argument("--output", metavar="MIB", type=int, default=256, help="size of the decoded output")
+    parser.add_argument("--call", metavar="MIB", type=int, default=4, help="most that one call writes")
     arguments = parser.parse_args(argv)
     nbytes = (1 if arguments.quick else arguments.output) << 20
     rounds = 1 if arguments.quick else 7
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = np.zeros(nbytes, np.uint8)
     pairs = [(GGMLType[name], dtype) for name in arguments.types for dtype in arguments.dtypes]
     rows = [
-        _measure(type_, dtype, count, target, rounds)
+        _measure(type_, dtype, count, target, rounds=rounds, call=arguments.call << 20)
         for type_, dtype in pairs
         if native_dtype(type_) is not dtype  # a plain copy
         for count in threads
@@ -93,7 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Lateness of a 1 ms ticker while two threads decode, in milliseconds; the goal at p99 is {LATE_GOAL}",
         [tuple(late), tuple(f"{value:.2f}" for value in late.values())],
     )
-    write_record(arguments.json, "dequant", {"rows": [*map(asdict, rows)], "start": start, "late": late})
+    write_record(
+        arguments.json,
+        "dequant",
+        {"call": arguments.call << 20, "rows": [*map(asdict, rows)], "start": start, "late": late},
+    )
     return 0
 
 
@@ -106,7 +110,7 @@ def goal_of_limit(type_: GGMLType, dtype: DType) -> tuple[float, float] | None:
     return _OF_LIMIT.get(HOST_DECODED[type_])
 
 
-def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, rounds: int) -> Row:
+def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, *, rounds: int, call: int) -> Row:
     """One row: all that is compared takes turns, the limit too, as a shared machine is never twice the same."""
     weights = target.nbytes // dtype.itemsize // threads // _ALIGNMENT * _ALIGNMENT
     source = np.resize(make_blocks(type_), type_.nbytes(weights * threads))
@@ -119,7 +123,7 @@ def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, rounds:
     def share(name: str, thread: int) -> Share:
         """The pieces that a thread decodes."""
         wanted = max(_ALIGNMENT, weights // _SLOW_SHARE // _ALIGNMENT * _ALIGNMENT) if name == "gguf" else weights
-        begin, step = thread * wanted, _PIECE // dtype.itemsize
+        begin, step = thread * wanted, call // dtype.itemsize
         cuts = [(at, min(at + step, begin + wanted)) for at in range(begin, begin + wanted, step)]
         return [
             (source[type_.nbytes(at) : type_.nbytes(end)], target[at * dtype.itemsize : end * dtype.itemsize])
