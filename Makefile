@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test sanitize check format bench clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -24,6 +24,12 @@ demo: $(READY) ## fetch a real model, load it, check its values
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest
+
+sanitize: $(READY) ## the CUDA kernels under compute-sanitizer: needs a GPU and the CUDA toolkit
+	for tool in memcheck initcheck synccheck racecheck; do \
+		PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') ASYNCLOAD_REQUIRE_GPU=1 \
+		compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -o timeout=0 -k any_number \
+		tests/quant/cuda/test_cuda_decode.py || exit 1; done
 
 check: $(READY) ## format, lint, types, import contracts, docs
 	$(BIN)/ruff format --check

@@ -82,6 +82,7 @@ class Gpu:
         whole = GUARD + nbytes + target_shift + GUARD
         source, target = self.allocate(room), self.allocate(whole)
         try:
+            self.fill(source, room)  # the words around the ends of the blocks are read whole
             self.fill(target, whole)
             self.write(source + shift, blocks)
             self.run(type_, dtype, source + shift, target + GUARD + target_shift, len(blocks))
