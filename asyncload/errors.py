@@ -220,6 +220,10 @@ class ClosedError(PlanError):
     """The loader, model, tensor or partial result was used after it had been closed."""
 
 
+class StalledError(PlanError, TimeoutError):
+    """A consumer of a layer stream kept a layer for longer than the others were to wait for it, and lost its place."""
+
+
 # What to do: another machine, or free some of this one.
 
 

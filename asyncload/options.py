@@ -63,6 +63,7 @@ class Options:
     ``depth`` the chunks that may be under way on one stream; ``retries`` how often a read that failed for a passing
     reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
     ``nice`` what the worker threads add to the process's niceness, so that an event loop on the same cores runs first;
+    ``stall_limit`` the seconds for which the consumers of a layer stream wait for one that keeps a layer;
     ``strict`` holds files to what ggml itself accepts. Raises ``OptionsError`` for a value that cannot be used.
     """
 
@@ -75,6 +76,7 @@ class Options:
     retries: int = 3
     retry_delay: float = 0.05
     nice: int = 10
+    stall_limit: float = 30.0
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -89,6 +91,8 @@ class Options:
             raise OptionsError(
                 f"retry_delay is {self.retry_delay}, it must be a number of seconds", option="retry_delay"
             )
+        if not self.stall_limit > 0:
+            raise OptionsError(f"stall_limit is {self.stall_limit}, it must be positive", option="stall_limit")
         if self.chunk_size % 4096:
             raise OptionsError(f"chunk_size is {self.chunk_size}, no multiple of 4096", option="chunk_size")
         if self.decode not in get_args(DecodeOption):
@@ -121,6 +125,7 @@ class Options:
             "staging": parse_size,
             "decode": str,
             "retry_delay": float,
+            "stall_limit": float,
             "strict": _parse_bool,
         }
         values: dict[str, Any] = {}

@@ -58,9 +58,9 @@ class HostDevice:
 
     ``bandwidth`` in bytes a second is that of one copy engine for all streams (None: memory's own) and ``latency`` in
     seconds passes before each copy; both may be set later. ``total_bytes`` is how much can be allocated (None: the
-    machine's memory). With ``poison``, freed device memory and discarded or closed staging memory is overwritten
-    with 0xA5. ``on_allocate``, which may be set later, is called with the size before each allocation and may raise.
-    Streams decode with the host's kernels.
+    machine's memory). With ``poison``, freed device memory, discarded or closed staging memory, and a copy's target
+    before the copy, are overwritten with 0xA5. ``on_allocate``, which may be set later, is called with the size before
+    each allocation and may raise. Streams decode with the host's kernels.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class HostDevice:
             total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         model = f"host memory, {platform.machine()}"
         self._info = DeviceInfo(name=_NAME, kind="host", index=0, model=model, total_bytes=total_bytes)
-        self._engine = CopyEngine(_NAME, bandwidth, latency)
+        self._engine = CopyEngine(_NAME, bandwidth, latency, POISON if poison else None)
         self._poison = poison
         self.on_allocate = on_allocate
         self._lock = threading.Lock()

@@ -54,13 +54,15 @@ class CopyEngine:
     """What all streams of a host device copy through.
 
     ``bandwidth`` in bytes a second is shared by all streams (None: as fast as memory is, each stream by itself);
-    ``latency`` in seconds passes before each copy of a stream. Both may be set at any time.
+    ``latency`` in seconds passes before each copy of a stream. Both may be set at any time. ``poison`` is what a
+    target is filled with until its bytes come.
     """
 
-    def __init__(self, device: str, bandwidth: float | None, latency: float) -> None:
+    def __init__(self, device: str, bandwidth: float | None, latency: float, poison: int | None = None) -> None:
         self.device = device
         self.bandwidth = bandwidth
         self.latency = latency
+        self.poison = poison
         self._lock = threading.Lock()
         self._under_way: set[Work] = set()
         self._busy_until = 0.0
@@ -102,6 +104,8 @@ class CopyEngine:
                 raise CopyError(
                     f"{self.device}: a copy of {copy.nbytes} bytes failed, as a test asked", device=self.device
                 )
+            if self.poison is not None:
+                ctypes.memset(copy.target.address, self.poison, copy.nbytes)
             begin = max(copy.enqueued, not_before) + self.latency
             if self.bandwidth is None:
                 _sleep_until(begin)
@@ -275,6 +279,11 @@ class HostStream:
         event = HostEvent()
         self._work.put(partial(self._pass, event))
         return event
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Enqueues a function that stands for a kernel, for tests; it must not raise."""
+        self._check()
+        self._work.put(function)
 
     def hold(self) -> Hold:
         """Enqueues work that lasts until it is told to end, for tests that need a stream to be late."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import anyio
 
@@ -13,6 +13,7 @@ from asyncload.device import Device, default_device, open_device
 from asyncload.errors import ClosedError, OptionsError
 from asyncload.gguf import Header
 from asyncload.loader._kernels import prepare_kernels
+from asyncload.loader._layer_stream import LayerRide, LayerStream, StreamRequest
 from asyncload.loader._model_load import load_model
 from asyncload.loader._open import ModelPath, OpenedModel
 from asyncload.loader._session import Request
@@ -21,11 +22,11 @@ from asyncload.memory import VramTracker
 from asyncload.model import Model, Partial
 from asyncload.options import Options
 from asyncload.pipeline import Engine
-from asyncload.plan import DtypeSpec, Selection, all_kernels
+from asyncload.plan import DtypeSpec, Mode, Selection, all_kernels
 from asyncload.telemetry import ProgressCallback, ending
 from asyncload.threads import run_in_thread, settle
 
-__all__ = ["Loader", "TensorStream", "load", "read_header"]
+__all__ = ["LayerRide", "LayerStream", "Loader", "TensorStream", "load", "read_header"]
 
 
 async def read_header(path: ModelPath, *, strict: bool = False) -> Header:
@@ -179,6 +180,34 @@ class Loader:
             request = Request(path=path, dtype=dtype, select=select, into=into, progress=progress)
             return await load_model(engine, request, resume)
         raise AssertionError("the scope raises when it swallows a cancellation")
+
+    def stream(
+        self,
+        path: ModelPath,
+        *,
+        dtype: DtypeSpec = "packed",
+        slots: int = 2,
+        allow: Collection[Mode] = ("full", "hybrid", "stream"),
+        free: int | None = None,
+        host: Literal["auto", "slabs", "file"] = "auto",
+        **memory: Any,
+    ) -> LayerStream:
+        """Runs a model that may be larger than the device: ``async with loader.stream(path) as layers: ...``.
+
+        ``async for layer in layers`` gives each layer once, in order; inside of ``with layer.on(stream)`` its tensors
+        are there. Which layers stay on the device and which pass through ``slots`` slots is what ``plan_memory`` says
+        of ``free`` bytes (None: what is free now) and the modes in ``allow``; ``memory`` are further arguments of it
+        (``context``, ``kv_type``, ``kv_bytes``, ``workspace``, ``batch``, ``margin``, ``prefill_cache``). ``host``:
+        layers that stream are kept in pinned host memory (``"slabs"``), or read from the file in each sweep
+        (``"file"``), or the former where that takes no more than half of what can be had (``"auto"``).
+
+        Entering the block raises ``DoesNotFitError`` where no mode fits, and what ``load`` raises; the iteration what
+        fetching a layer raises.
+        """
+        request = StreamRequest(
+            path=path, dtype=dtype, free=free, host=host, memory={"slots": slots, "allow": allow, **memory}
+        )
+        return LayerStream(self._load_scope(), request)
 
     def tensors(
         self,

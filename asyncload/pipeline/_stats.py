@@ -97,6 +97,10 @@ class Stats:
             self._nbytes["upload"] += nbytes
             self._landed += landed
 
+    def retried(self) -> None:
+        """Counts a read that is made again."""
+        self.retries += 1
+
     def result(self) -> LoadStats:
         """The figures until now."""
         with self._lock:

@@ -20,9 +20,10 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncload.device import DeviceMemory, Stream
-from asyncload.errors import CopyError, DeviceError, SourceError
+from asyncload.errors import CopyError, DeviceError
 from asyncload.memory import StagingBuffer
 from asyncload.pipeline._engine import Engine
+from asyncload.pipeline._read import read_patiently
 from asyncload.pipeline._stats import Stats
 from asyncload.pipeline._streams import StreamWorker
 from asyncload.plan import Chunk, Decode, LoadPlan
@@ -34,7 +35,7 @@ __all__ = ["Sink", "Transfer"]
 
 
 class Sink:
-    """What a transfer asks of the one who runs it; all methods run on the event loop."""
+    """What a transfer asks of the one who runs it; all methods but ``before`` run on the event loop."""
 
     async def admit(self, chunk: Chunk) -> None:
         """Waits until the tensors of a new group may be moved; called once for each group, in order."""
@@ -42,6 +43,9 @@ class Sink:
     def target(self, tensor: int) -> DeviceMemory:
         """Where a tensor goes; its group has been admitted."""
         raise NotImplementedError
+
+    def before(self, stream: Stream) -> None:
+        """Called on the stream's thread before a chunk is enqueued, to make the stream wait for what still uses it."""
 
     def landed(self, tensor: int) -> None:
         """All bytes of a tensor are on the device."""
@@ -170,23 +174,18 @@ class Transfer:
             send.send_nowait(_Filled(chunk, buffer))  # there is room for as many as there are buffers
 
     async def _fill(self, chunk: Chunk, buffer: StagingBuffer) -> None:
-        (source, blocking), options = self._sources[chunk.part], self._engine.options
+        source, blocking = self._sources[chunk.part]
         check_read(source, chunk.offset, chunk.nbytes)
-        for attempt in range(options.retries + 1):
-            try:
-                if blocking is not None:
-                    await self._engine.readers.run(self._read_and_decode, blocking, chunk, buffer)
-                else:
-                    with self.stats.working("read", chunk.nbytes):
-                        await source.read_into(chunk.offset, buffer.view[: chunk.nbytes])
-                    await self._engine.readers.run(self._decode, chunk, buffer)
-            except SourceError as error:
-                if not error.transient or attempt == options.retries:
-                    raise
-                self.stats.retries += 1
-                await anyio.sleep(options.retry_delay * 2**attempt)
-            else:
+
+        async def read() -> None:
+            if blocking is not None:
+                await self._engine.readers.run(self._read_and_decode, blocking, chunk, buffer)
                 return
+            with self.stats.working("read", chunk.nbytes):
+                await source.read_into(chunk.offset, buffer.view[: chunk.nbytes])
+            await self._engine.readers.run(self._decode, chunk, buffer)
+
+        await read_patiently(self._engine.options, read, self.stats.retried)
 
     def _read_and_decode(self, source: BlockingSource, chunk: Chunk, buffer: StagingBuffer) -> None:
         with self.stats.working("read", chunk.nbytes):
@@ -223,6 +222,7 @@ class Transfer:
     ) -> None:
         """Enqueues a chunk's copies and kernels; on the stream's thread."""
         buffer = filled.buffer
+        self._sink.before(stream)
         for segment, target in zip(filled.chunk.segments, targets, strict=True):
             if not segment.target_nbytes:
                 continue

@@ -39,6 +39,11 @@ class LayerPlan:
     upload_nbytes: int
     prefill_nbytes: int = 0
 
+    @property
+    def placed(self) -> tuple[tuple[TensorPlan, int], ...]:
+        """Each tensor with its offset."""
+        return tuple(zip(self.load.tensors, self.offsets, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:

@@ -1,0 +1,133 @@
+"""How a layer's bytes get into a slot: from host memory of its own, or straight from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+
+from asyncload.device import DeviceMemory, Event, StagingMemory, Stream
+from asyncload.layers._scheduler import Fed
+from asyncload.layers._slabs import Slabs, places
+from asyncload.layers._slots import Slot
+from asyncload.memory import Allocation, Purpose
+from asyncload.pipeline import Engine, Sink, Transfer
+from asyncload.plan import Decode, LayerPlan, TensorPlan
+from asyncload.source import Source
+from asyncload.threads import Threads
+
+__all__ = ["FileFeed", "SlabFeed"]
+
+
+class SlabFeed:
+    """Copies layers out of slabs, registered host memory of exactly their size; one thread enqueues.
+
+    A layer that nothing decodes lies in its slab as in the slot, and is one copy. What the device decodes comes in
+    pieces through a scratch for each of several streams, so that one copies while another decodes.
+    """
+
+    def __init__(self, engine: Engine, slabs: Slabs, *, decodes: bool) -> None:
+        """Opens streams and scratch; blocks."""
+        self._device = engine.device
+        self._slabs = slabs
+        self._thread = Threads(1, "asyncload-layers", nice=engine.options.nice)
+        self._piece = engine.options.chunk_size
+        self._streams = [engine.device.stream() for _ in range(engine.options.streams if decodes else 1)]
+        self._scratch = [
+            engine.tracker.allocate(self._piece, Purpose.SCRATCH, f"packed bytes of layers, stream {index}")
+            for index in range(engine.options.streams if decodes else 0)
+        ]
+
+    async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
+        """Enqueues a layer's copies and kernels."""
+        return await self._thread.run(self._enqueue, layer, slot)
+
+    async def fill(self, sources: Sequence[Source]) -> None:
+        """Reads all layers into their slabs."""
+        await self._slabs.fill(sources)
+
+    def _enqueue(self, layer: LayerPlan, slot: Slot) -> Fed:
+        self._device.attach()
+        begun: list[Event] = []
+        for stream in self._streams:
+            for event in slot.busy:
+                stream.wait(event)
+            begun.append(stream.record(timing=True))
+        try:
+            self._copy(layer, slot.memory)
+        finally:
+            slot.busy = [stream.record(timing=True) for stream in self._streams]
+        return Fed(begun, slot.busy)
+
+    def _copy(self, layer: LayerPlan, slot: DeviceMemory) -> None:
+        slab = self._slabs[layer.number]
+        if not self._scratch:
+            self._streams[0].upload(slot, 0, slab, 0, slab.nbytes)
+            return
+        lanes = cycle(zip(self._streams, self._scratch, strict=True))
+        for (tensor, at), (_, offset, _) in zip(layer.placed, places(layer), strict=True):
+            target = slot.part(at, tensor.nbytes)
+            if tensor.decode is Decode.DEVICE:
+                self._decode(tensor, target, slab, offset, lanes)
+            else:
+                stream, _ = next(lanes)
+                stream.upload(target, 0, slab, offset, tensor.nbytes)
+
+    def _decode(
+        self,
+        tensor: TensorPlan,
+        target: DeviceMemory,
+        slab: StagingMemory,
+        offset: int,
+        lanes: Iterator[tuple[Stream, Allocation]],
+    ) -> None:
+        type_, before, after = tensor.info.type, tensor.info.type.type_size, tensor.block_nbytes
+        n_blocks, step = tensor.info.nbytes // before, self._piece // before
+        for start in range(0, n_blocks, step):
+            count = min(step, n_blocks - start)
+            stream, scratch = next(lanes)
+            packed = scratch.memory.part(0, count * before)
+            stream.upload(packed, 0, slab, offset + start * before, packed.nbytes)
+            stream.decode(type_, tensor.dtype, packed, target.part(start * after, count * after))
+
+    def close(self) -> None:
+        """Waits for what is under way and ends thread, streams and scratch; blocks."""
+        self._thread.close()
+        self._device.attach()
+        for stream in self._streams:
+            stream.close()
+        self._scratch.clear()
+        self._slabs.close()
+
+
+class _SlotSink(Sink):
+    """A layer's tensors go into a slot, once what still uses that has ended."""
+
+    def __init__(self, layer: LayerPlan, slot: Slot) -> None:
+        self._targets = [slot.memory.part(offset, tensor.nbytes) for tensor, offset in layer.placed]
+        self._busy = slot.busy
+
+    def target(self, tensor: int) -> DeviceMemory:
+        """Its part of the slot."""
+        return self._targets[tensor]
+
+    def before(self, stream: Stream) -> None:
+        """The stream waits, on the device."""
+        for event in self._busy:
+            stream.wait(event)
+
+
+class FileFeed:
+    """Reads layers from the file each time they are needed, through the loader's staging buffers and streams."""
+
+    def __init__(self, engine: Engine, sources: Sequence[Source]) -> None:
+        self._engine = engine
+        self._sources = sources
+
+    async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
+        """Moves a layer, to its arrival."""
+        await Transfer(self._engine, layer.load, self._sources, _SlotSink(layer, slot)).run()
+        slot.busy = []  # the copies came behind it, and have arrived
+        return Fed()
+
+    def close(self) -> None:
+        """Holds nothing."""

@@ -1,0 +1,113 @@
+"""A layer in a consumer's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final, Self
+
+from asyncload.device import Device, Event
+from asyncload.errors import ClosedError, OptionsError, TensorNotFoundError
+from asyncload.layers._scheduler import Ride, Scheduler, Use
+from asyncload.model import Tensor
+
+__all__ = ["Layer"]
+
+# Makes the tensors of a layer, which are its views of a slot, or of resident memory.
+MakeTensors = Callable[[], Mapping[str, Tensor]]
+
+
+class Layer(Mapping[str, Tensor]):
+    """One layer of one sweep: its tensors by their names within the layer (``"attn_q.weight"``), inside of ``on``.
+
+    ``number`` is the layer's, ``resident`` says that it stays on the device.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        device: Device,
+        make_tensors: MakeTensors,
+        *,
+        scheduler: Scheduler,
+        ride: Ride,
+        use: Use | None,
+    ) -> None:
+        self.number: Final = number
+        self.resident: Final = use is None
+        self._device = device
+        self._make_tensors = make_tensors
+        self._scheduler = scheduler
+        self._ride = ride
+        self._use = use
+        self._entered = False
+        self._tensors: Mapping[str, Tensor] | None = None
+
+    @contextmanager
+    def on(self, stream: object = None) -> Generator[Self]:
+        """The block in which the layer's tensors can be used, by work that is enqueued on ``stream``.
+
+        The stream (``cuda.core``'s, torch's, CuPy's, or a handle) waits for the layer to arrive; at the end of the
+        block, however it ends, an event is recorded on it, and what it was given to do until then keeps the slot. Views
+        that were made of the tensors are invalid afterwards. On the host device there may be no stream: the layer has
+        arrived, and the block is the work.
+
+        Raises ``ClosedError`` for a layer that was used or has passed, ``StalledError`` if the ride was left behind,
+        ``OptionsError`` where a stream is needed, ``DeviceError`` for what is no stream of the device.
+        """
+        if self._entered:
+            raise ClosedError(f"layer {self.number} has been used")
+        if stream is None and self._device.info.kind != "host":
+            raise OptionsError("work on a layer needs a stream: layer.on(stream)", option="stream")
+        use, adopted = self._use, None if stream is None else self._device.adopt(stream)
+        self._entered = True
+        if use is not None:
+            self._scheduler.enter(self._ride, use, adopted)
+        try:
+            if use is not None and adopted is not None:
+                for event in use.fed.arrived:
+                    adopted.wait(event)
+                use.work_began(adopted.record(timing=True))
+            self._tensors = self._make_tensors()
+            yield self
+        finally:
+            tensors, self._tensors = self._tensors or {}, None
+            for tensor in tensors.values():
+                tensor.close()
+            ended: Event | None = None
+            try:
+                ended = None if use is None or adopted is None else adopted.record(timing=True)
+            finally:
+                if use is not None:
+                    self._scheduler.finish(self._ride, use, ended)
+
+    def skip(self) -> None:
+        """Gives the layer back unused; its ride's next step does that too."""
+        if self._use is not None and not self._entered:
+            self._scheduler.finish(self._ride, self._use)
+        self._entered = True
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor by its name within the layer; raises ``TensorNotFoundError``, ``ClosedError`` outside of ``on``."""
+        tensors = self._open()
+        if name not in tensors:
+            raise TensorNotFoundError(f"layer {self.number} has no {name!r}", name=name)
+        return tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._open())
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    # A layer is a place in time: it equals itself alone.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _open(self) -> Mapping[str, Tensor]:
+        if self._tensors is None:
+            raise ClosedError(f"layer {self.number} is used inside of `with layer.on(stream)`")
+        return self._tensors

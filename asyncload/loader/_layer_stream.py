@@ -1,0 +1,349 @@
+"""A model whose layers pass through slots: ``async with loader.stream(path) as layers: async for layer in layers``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
+
+from asyncload.device import Event, Stream
+from asyncload.errors import ClosedError
+from asyncload.gguf import GGMLType, Header
+from asyncload.layers import FileFeed, Layer, Ride, Scheduler, SlabFeed, Slabs, Slot, Use
+from asyncload.loader._kernels import prepare_kernels
+from asyncload.loader._model_load import load_model
+from asyncload.loader._open import ModelPath, OpenedModel
+from asyncload.loader._session import Request
+from asyncload.memory import Purpose
+from asyncload.model import Model, Tensor
+from asyncload.options import Options
+from asyncload.pipeline import Engine
+from asyncload.plan import Decode, DtypeSpec, LayerPlan, Plan, plan_memory
+from asyncload.quant import DType
+from asyncload.threads import LoopHandle, Threads
+
+__all__ = ["LayerRide", "LayerStream", "StreamRequest"]
+
+_WAITERS: Final = 2  # threads that wait for events: for the end of work, and for arrivals
+_HOST_SHARE: Final = 0.5  # of the host memory that can be had: what streams stays there if it takes no more
+
+
+class LayerRide:
+    """A consumer's way through the sweeps of a layer stream: each ``async for`` over it is one sweep.
+
+    Rides that were made before a sweep begins pass it together: each gets every layer once, in order, and a slot is
+    used again when all of them have finished with it. It is a context manager; at the end of the block the others do
+    not wait for it any more.
+    """
+
+    def __init__(self, layers: _Layers, *, once: bool = False) -> None:
+        self._layers = layers
+        self._once = once
+        self._position = 0
+        self._last: Layer | None = None
+        self._ride = layers.scheduler.join()
+        self._finalizer = weakref.finalize(self, layers.loop.post, layers.scheduler.leave, self._ride)
+
+    def __aiter__(self) -> Self:
+        """The sweep that it is in, or the next one."""
+        return self
+
+    async def __anext__(self) -> Layer:
+        """Gives a layer back that was never used, and waits until the next one's copies are enqueued.
+
+        Raises what fetching the layer has raised, ``StalledError`` if the ride was left behind, ``ClosedError`` after
+        the end.
+        """
+        await anyio.lowlevel.checkpoint()
+        if self._last is not None:
+            self._last.skip()
+            self._last = None
+        layers, number = self._layers, None
+        if self._position < len(layers.order):
+            number = layers.order[self._position]
+        use: Use | None = None
+        try:
+            if number is None or number not in layers.resident:
+                use = await layers.step(self._ride)
+        except Exception:
+            self._position = 0
+            if self._once:
+                self.close()
+            raise
+        if number is None:
+            self._position = 0
+            if self._once:
+                self.close()
+            raise StopAsyncIteration
+        self._position += 1
+        self._last = layers.make(number, self._ride, use)
+        return self._last
+
+    def close(self) -> None:
+        """Gives the place up; a layer that is in use stays the ride's until its block has ended."""
+        self._layers.scheduler.leave(self._ride)
+        self._finalizer.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Layers:
+    """What a layer stream has while it is entered."""
+
+    def __init__(self, engine: Engine, plan: Plan, model: Model, scheduler: Scheduler) -> None:
+        self.engine = engine
+        self.plan = plan
+        self.model = model  # what stays on the device
+        self.scheduler = scheduler
+        self.order = list(plan.layers)
+        self.resident = {number: model.layers[number] for number in plan.resident}
+        self.loop = LoopHandle()
+        self.wait_for_arrival = engine.device.info.kind == "host"
+
+    async def step(self, ride: Ride) -> Use | None:
+        """The next layer that streams; on the host device, where work needs no stream, once it has arrived."""
+        use = await self.scheduler.step(ride)
+        if use is not None and self.wait_for_arrival:
+            await self.scheduler.settle(use.fed.arrived)
+        return use
+
+    def make(self, number: int, ride: Ride, use: Use | None) -> Layer:
+        """A layer to hand out."""
+        make = partial(self._views, number) if use is None else partial(self._tensors, use)
+        return Layer(number, self.engine.device, make, scheduler=self.scheduler, ride=ride, use=use)
+
+    def _views(self, number: int) -> Mapping[str, Tensor]:
+        return {
+            _short(tensor.name, number): Tensor(
+                tensor.name,
+                shape=tensor.shape,
+                logical_shape=tensor.logical_shape,
+                dtype=tensor.dtype,
+                type=tensor.type,
+                device=tensor.device,
+                memory=tensor.memory,
+            )
+            for tensor in self.resident[number]
+        }
+
+    def _tensors(self, use: Use) -> Mapping[str, Tensor]:
+        assert use.slot is not None
+        allocation = use.slot.allocation
+        return {
+            _short(tensor.info.name, use.layer.number): Tensor(
+                tensor.info.name,
+                shape=tensor.shape,
+                logical_shape=tensor.info.shape,
+                dtype=tensor.dtype,
+                type=tensor.info.type,
+                device=self.engine.device.info,
+                memory=allocation,
+                offset=offset,
+            )
+            for tensor, offset in use.layer.placed
+        }
+
+
+def _short(name: str, layer: int) -> str:
+    """A tensor's name within its layer."""
+    return name.removeprefix(f"blk.{layer}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRequest:
+    """What the caller asked for; ``memory`` are the arguments of ``plan_memory``."""
+
+    path: ModelPath
+    dtype: DtypeSpec
+    free: int | None
+    host: Literal["auto", "slabs", "file"]
+    memory: Mapping[str, Any]
+
+
+class LayerStream:
+    """A model whose layers pass through slots; made by ``Loader.stream``, entered once.
+
+    ``async for layer in stream`` is a sweep: every layer once, in order. The layers that stream are fetched ahead, into
+    the slots that are free, also those of the next sweep while this one's last ones are in use.
+    """
+
+    def __init__(self, scope: AbstractContextManager[Engine], request: StreamRequest) -> None:
+        self._scope = scope
+        self._request = request
+        self._layers: _Layers | None = None
+        self._stack = AsyncExitStack()
+        self._entered = False
+
+    async def __aenter__(self) -> Self:
+        """Plans, loads what stays on the device, allocates the slots, reads the rest into host memory, and begins."""
+        if self._entered:
+            raise ClosedError("a layer stream is entered once")
+        self._entered = True
+        async with AsyncExitStack() as stack:
+            engine = stack.enter_context(self._scope)
+            stack.push_async_callback(engine.callers.run, engine.tracker.flush)
+            opened = await stack.enter_async_context(OpenedModel(engine.callers.run, strict=engine.options.strict))
+            await opened.open(self._request.path)
+            plan = await engine.callers.run(self._plan, engine, opened)
+            names = [tensor.info.name for tensor in plan.load.tensors]
+            model = await load_model(engine, Request(path=self._request.path, dtype=self._request.dtype, select=names))
+            stack.callback(model.close)
+            waiters = Threads(_WAITERS, "asyncload-layers-wait", nice=engine.options.nice)
+            stack.push_async_callback(engine.callers.run, waiters.close)
+            slots = _SlotList()
+            stack.callback(slots.clear)
+            await engine.callers.run(slots.allocate, engine, plan)
+            feed = await self._open_feed(stack, engine, [plan.layers[number] for number in plan.streamed], opened)
+            scheduler = Scheduler(
+                [plan.layers[number] for number in plan.streamed],
+                slots.items,
+                feed,
+                lambda events: waiters.run(_synchronize, engine, events),
+                lambda stream: waiters.run(_record, engine, stream),
+                stall_limit=engine.options.stall_limit,
+            )
+            self._layers = _Layers(engine, plan, model, scheduler)
+            group = anyio.create_task_group()
+            await group.__aenter__()
+            stack.push_async_exit(partial(_leave, group, scheduler))
+            group.start_soon(scheduler.run)
+            self._stack = stack.pop_all()
+        return self
+
+    def _plan(self, engine: Engine, opened: OpenedModel) -> Plan:
+        """The memory plan, with its kernels ready; on a thread."""
+        free = engine.device.memory().free if self._request.free is None else self._request.free
+
+        def make(options: Options) -> Plan:
+            return plan_memory(
+                opened.header,
+                free=free,
+                dtype=self._request.dtype,
+                device=engine.device.info.kind,
+                options=options,
+                **self._request.memory,
+            )
+
+        def kernels(decode: Decode) -> set[tuple[GGMLType, DType]]:
+            return {(tensor.info.type, tensor.dtype) for tensor, _ in plan.tensors if tensor.decode is decode}
+
+        plan = make(engine.options)
+        if not prepare_kernels(engine, kernels):
+            plan = make(replace(engine.options, decode="host"))
+            prepare_kernels(engine, kernels)
+        plan.load.check_sources([source.size for source in opened.sources])
+        return plan
+
+    async def _open_feed(
+        self, stack: AsyncExitStack, engine: Engine, layers: Sequence[LayerPlan], opened: OpenedModel
+    ) -> FileFeed | SlabFeed:
+        nbytes = sum(layer.upload_nbytes for layer in layers)
+        host = self._request.host
+        if host == "file" or (host == "auto" and nbytes > _HOST_SHARE * await engine.callers.run(_available_memory)):
+            return FileFeed(engine, opened.sources)
+        made: list[SlabFeed] = []  # where it is found, also if this is cancelled
+
+        def open_feed() -> None:
+            decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)
+            made.append(SlabFeed(engine, Slabs(engine, layers), decodes=decodes))
+
+        def close() -> None:
+            for feed in made:
+                feed.close()
+
+        stack.push_async_callback(engine.callers.run, close)
+        await engine.callers.run(open_feed)
+        await made[0].fill(opened.sources)
+        return made[0]
+
+    @property
+    def header(self) -> Header:
+        """The model's header; inside the ``async with`` block."""
+        return self._active().model.header
+
+    @property
+    def plan(self) -> Plan:
+        """What is where, and what that takes; inside the ``async with`` block."""
+        return self._active().plan
+
+    @property
+    def resident(self) -> Model:
+        """What stays on the device: all that belongs to no layer, and the layers that do not stream."""
+        return self._active().model
+
+    def join(self) -> LayerRide:
+        """A ride in the next sweep, beside those of other tasks."""
+        return LayerRide(self._active())
+
+    def __aiter__(self) -> LayerRide:
+        """One sweep."""
+        return LayerRide(self._active(), once=True)
+
+    def _active(self) -> _Layers:
+        if self._layers is None:
+            raise ClosedError("a layer stream is used inside its `async with` block")
+        return self._layers
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        """Ends all rides, waits for what is under way on the device, and frees everything."""
+        self._layers = None
+        return await self._stack.__aexit__(kind, error, trace)
+
+
+class _SlotList:
+    """The slots; allocated on a thread, found here by whoever ends them."""
+
+    def __init__(self) -> None:
+        self.items: list[Slot] = []
+
+    def allocate(self, engine: Engine, plan: Plan) -> None:
+        for index in range(plan.slots):
+            self.items.append(Slot(index, engine.tracker.allocate(plan.slot_nbytes, Purpose.SLOTS, f"slot {index}")))
+
+    def clear(self) -> None:
+        for slot in self.items:
+            slot.allocation.close()
+
+
+def _synchronize(engine: Engine, events: Sequence[Event]) -> None:
+    engine.device.attach()
+    for event in events:
+        event.synchronize()
+
+
+def _record(engine: Engine, stream: Stream) -> Event:
+    engine.device.attach()
+    return stream.record(timing=True)
+
+
+def _available_memory() -> int:
+    """Bytes of host memory that can be had without swapping; 0 where the system does not tell."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+async def _leave(group: TaskGroup, scheduler: Scheduler, *_: object) -> None:
+    """Ends the rides and the fetching; the body's exception goes on as it is, in no group."""
+    scheduler.close()
+    group.cancel_scope.cancel()
+    await group.__aexit__(None, None, None)
