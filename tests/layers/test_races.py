@@ -97,9 +97,10 @@ def _lose(_event: Event) -> None:
 async def sweep(device: RaceDevice, path: Path, *, slots: int, sweeps: int = 3, **more: Any) -> list[Content]:
     """What a consumer saw in each sweep."""
     seen: list[Content] = []
-    async with Loader(device, options=SMALL) as loader, loader.stream(
-        path, dtype="f16", slots=slots, allow=["stream"], workspace=0, kv_bytes=0, **more
-    ) as layers:
+    async with (
+        Loader(device, options=SMALL) as loader,
+        loader.stream(path, dtype="f16", slots=slots, allow=["stream"], workspace=0, kv_bytes=0, **more) as layers,
+    ):
         layers._active().wait_for_arrival = False  # the device alone orders
         stream = device.compute_stream()
         for number in range(sweeps):
