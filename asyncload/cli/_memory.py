@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from asyncload.cli._plan import device_kind
 from asyncload.cli._request import dtype_spec, options_with
 from asyncload.cli._run import run
 from asyncload.cli.text import plain, table
@@ -31,15 +30,16 @@ def show_memory(
     settings: Mapping[str, Any],
     as_json: bool,
 ) -> None:
-    """Prints a model's memory plan; raises what ``read_header`` and ``plan_memory`` raise.
+    """Prints a model's memory plan; raises what ``read_header``, ``parse_device`` and ``plan_memory`` raise.
 
     The device need not be there. ``free`` in bytes; ``settings`` are further arguments of ``plan_memory``.
     """
-    from asyncload.device import default_device
+    from asyncload.device import default_device, parse_device
     from asyncload.loader import read_header
     from asyncload.plan import plan_memory
 
     device = device or default_device()
+    kind, _ = parse_device(device)
     options = options_with(decode)
     if mode != "auto":
         settings = {**settings, "allow": (mode,)}
@@ -47,7 +47,7 @@ def show_memory(
         run(partial(read_header, file, strict=options.strict)),
         free=free,
         dtype=dtype_spec(dtypes),
-        device=device_kind(device),
+        device=kind,
         options=options,
         **settings,
     )

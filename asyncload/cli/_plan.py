@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from asyncload.cli._request import dtype_spec, options_with
 from asyncload.cli._run import run
 from asyncload.cli.text import plain, table
-from asyncload.errors import DeviceNotFoundError
-from asyncload.options import DecodeOption, DeviceKind, format_size
+from asyncload.options import DecodeOption, format_size
 
 if TYPE_CHECKING:
     from asyncload.plan import LoadPlan, TensorPlan
 
-__all__ = ["device_kind", "plan"]
+__all__ = ["plan"]
 
 
 def plan(
@@ -29,16 +28,17 @@ def plan(
     decode: DecodeOption | None,
     as_json: bool,
 ) -> None:
-    """Prints what a load would do with each tensor; raises what ``read_header`` and ``plan_load`` raise.
+    """Prints what a load would do with each tensor.
 
-    The device need not be there. ``dtypes`` are pairs of a pattern, or None for the rest, and a dtype.
+    Raises what ``read_header``, ``parse_device`` and ``plan_load`` raise. The device need not be there. ``dtypes`` are
+    pairs of a pattern, or None for the rest, and a dtype.
     """
-    from asyncload.device import default_device
+    from asyncload.device import default_device, parse_device
     from asyncload.loader import read_header
     from asyncload.plan import Decode, plan_load
 
     device = device or default_device()
-    kind = device_kind(device)
+    kind, _ = parse_device(device)
     options = options_with(decode).suited_to(kind)
     made = plan_load(
         run(partial(read_header, file, strict=options.strict)),
@@ -51,17 +51,6 @@ def plan(
     scratch = options.streams * options.chunk_size if made.kernels(Decode.DEVICE) else 0
     shown = _Shown(file, device, options.decode, made, scratch)
     print(json.dumps(shown.as_dict(), indent=2, ensure_ascii=False) if as_json else shown.render())
-
-
-def device_kind(device: str) -> DeviceKind:
-    """The kind of a device by its name; raises ``DeviceNotFoundError`` for a name that no device can have."""
-    match device.partition(":")[0]:
-        case "cuda":
-            return "cuda"
-        case "host":
-            return "host"
-        case _:
-            raise DeviceNotFoundError(f"no device is called {device!r}: use 'cuda', 'cuda:N' or 'host'", device=device)
 
 
 @dataclass(frozen=True, slots=True)

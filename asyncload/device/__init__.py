@@ -21,6 +21,7 @@ from asyncload.device._contract import (
 )
 from asyncload.device._host import HostDevice
 from asyncload.errors import DeviceNotFoundError
+from asyncload.options import DeviceKind
 
 __all__ = [
     "Device",
@@ -37,6 +38,7 @@ __all__ = [
     "check_upload",
     "default_device",
     "open_device",
+    "parse_device",
 ]
 
 
@@ -56,11 +58,22 @@ def open_device(name: str) -> Device:
     Blocks. Raises ``DeviceNotFoundError`` for a name or number that does not exist here, and
     ``BackendUnavailableError`` where the packages or the driver are missing.
     """
-    if name == "host":
+    kind, index = parse_device(name)
+    if kind == "host":
         return HostDevice()
+    from asyncload.device._cuda import CudaDevice
+
+    return CudaDevice(index)
+
+
+def parse_device(name: str) -> tuple[DeviceKind, int]:
+    """A device's kind and number by its name, whether it is there or not.
+
+    Raises ``DeviceNotFoundError`` for a name that no device can have.
+    """
+    if name == "host":
+        return "host", 0
     kind, _, index = name.partition(":")
     if kind == "cuda" and (index.isdecimal() or name == "cuda"):
-        from asyncload.device._cuda import CudaDevice
-
-        return CudaDevice(int(index or 0))
+        return "cuda", int(index or 0)
     raise DeviceNotFoundError(f"no device is called {name!r}: use 'cuda', 'cuda:N' or 'host'", device=name)

@@ -63,6 +63,10 @@ def test_selected_tensors_only(small_model: Path, capsys: pytest.CaptureFixture[
     assert [tensor["name"] for tensor in found["tensors"]] == ["blk.1.attn_q.weight", "blk.1.attn_k.weight"]
 
 
-def test_a_device_that_nobody_knows(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(small_model), "--device", "tpu"]) == 1
-    assert "no device is called 'tpu'" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:-1", "host:3"])
+@pytest.mark.parametrize("more", [[], ["--free", "1GiB"]])
+def test_a_device_that_nobody_knows(
+    small_model: Path, capsys: pytest.CaptureFixture[str], name: str, more: list[str]
+) -> None:
+    assert main(["plan", str(small_model), f"--device={name}", *more]) == 1
+    assert f"no device is called '{name}'" in capsys.readouterr().err
