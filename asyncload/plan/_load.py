@@ -98,7 +98,7 @@ def all_kernels(dtypes: Iterable[str], *, decode: DecodeOption, device: DeviceKi
 
     Raises ``OptionsError`` for a dtype that nothing is decoded to.
     """
-    parsed = [dtype for text in dtypes if (dtype := _parse(text)) is not None]
+    parsed = [_parse_decoded(text) for text in dtypes]
     kernels: dict[Decode, set[Pair]] = {Decode.DEVICE: set(), Decode.HOST: set()}
     by_device = cuda.can_decode if device == "cuda" else can_decode
     for pair in product(GGMLType, parsed):
@@ -125,8 +125,10 @@ def _wanted_dtypes(header: Header, spec: DtypeSpec) -> dict[str, DType | None]:
 
 
 def _parse(text: object) -> DType | None:
-    if text == PACKED:
-        return None
+    return None if text == PACKED else _parse_decoded(text)
+
+
+def _parse_decoded(text: object) -> DType:
     if not isinstance(text, str):
         raise OptionsError(f"a dtype is named by a string such as 'bfloat16', not {text!r}", option="dtype")
     dtype = DType.parse(text)

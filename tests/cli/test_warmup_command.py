@@ -38,6 +38,7 @@ def test_after_it_no_load_compiles(small_model: Path, tmp_path: Path) -> None:
     assert "compil" not in run(warm, "-c", LOAD, str(small_model))[1]
 
 
-def test_a_dtype_that_nothing_is_decoded_to(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["warmup", "--device", "host", "--dtype", "i8"]) == 1
-    assert "i8" in capsys.readouterr().err
+@pytest.mark.parametrize("dtype", ["i8", "packed"])
+def test_a_dtype_that_nothing_is_decoded_to(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "--device", "host", "--dtype", dtype]) == 1
+    assert dtype in capsys.readouterr().err
