@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+import llvmlite
 import numba
 import numba.core.registry
 import numba.extending
@@ -94,7 +95,8 @@ def _version() -> str:
     It is part of each signature, so code from other sources, or for another processor, is never taken for this one's,
     whatever happened to the index.
     """
-    digest = sha256(repr((_target(), numba.__version__)).encode())
+    blocks = [(type_.name, type_.block_size, type_.type_size) for type_ in DECODERS]
+    digest = sha256(repr((_target(), numba.__version__, llvmlite.__version__, blocks)).encode())
     digest.update(_tables.fingerprint())
     for module in _SOURCES:
         try:

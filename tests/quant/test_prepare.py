@@ -232,6 +232,17 @@ def test_changed_sources_are_compiled_anew(copied_package: Path, cache: dict[str
     assert (restored.children, restored.values) == (0, VALUES)
 
 
+def test_other_sizes_of_blocks_are_compiled_in_anew(copied_package: Path, cache: dict[str, str]) -> None:
+    """They come from another room, and are constants of the machine code."""
+    environment = {**cache, "PYTHONPATH": str(copied_package.parent)}
+    assert run(environment).children == 1
+    types = copied_package / "gguf" / "_types.py"
+    original = types.read_text()
+    types.write_text(original.replace("Q8_0 = 8, 32, 34", "Q8_0 = 8, 32, 36"))
+    assert types.read_text() != original
+    assert run(environment).children == 1
+
+
 def test_other_tables_are_compiled_in_anew(tmp_path: Path, cache: dict[str, str]) -> None:
     """The tables come from the gguf package when a kernel is compiled, and never when it is loaded."""
     found = find_spec("gguf")
