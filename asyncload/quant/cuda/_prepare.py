@@ -14,7 +14,7 @@ from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 from asyncload.quant._subprocess import run_module
 from asyncload.quant.cuda import CUDA_DECODED, can_decode, kernel_name
-from asyncload.quant.cuda._program import Kernel, compile_program, is_cached
+from asyncload.quant.cuda._program import Kernel, compile_program, has_cache, is_cached
 
 __all__ = ["prepare"]
 
@@ -30,7 +30,7 @@ def prepare(arch: str, pairs: Collection[Pair]) -> dict[Pair, Kernel]:
         kernel_name(*pair)  # raises where there is none
     programs = list(dict.fromkeys((CUDA_DECODED[type_], dtype) for type_, dtype in pairs))
     cold = _cold(arch, programs)
-    if cold and run_module("asyncload.quant.cuda._prepare", [arch, *_names(cold)]):
+    if cold and has_cache() and run_module("asyncload.quant.cuda._prepare", [arch, *_names(cold)]):
         cold = _cold(arch, cold)
     if cold:
         _log.warning("compiling the CUDA kernels %s in this process", ", ".join(_names(cold)))

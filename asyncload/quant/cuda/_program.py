@@ -15,7 +15,7 @@ from asyncload.quant import DType
 from asyncload.quant.cuda import ALIGNMENT, kernel_name
 from asyncload.quant.cuda._source import assemble
 
-__all__ = ["Kernel", "compile_program", "is_cached"]
+__all__ = ["Kernel", "compile_program", "has_cache", "is_cached"]
 
 _log: Final = logging.getLogger("asyncload.quant")
 _THREADS: Final = 256  # of a block of threads, as the kernels are bounded to
@@ -36,19 +36,24 @@ def compile_program(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> Any
             return _program(text, options).compile("cubin")
 
 
-def is_cached(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> bool | None:
-    """Whether the cache on disk has the program of these pairs; None where there is no cache."""
+def has_cache() -> bool:
+    """Whether there is a cache on disk, so that what one process compiles another finds."""
+    return _open_cache() is not None
+
+
+def is_cached(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> bool:
+    """Whether the cache on disk has the program of these pairs."""
     text = assemble(pairs)
     with _mapping_errors(arch):
         cache = _open_cache()
         if cache is None:
-            return None
+            return False
         make_key = import_module("cuda.core.utils").make_program_cache_key
         key = make_key(code=text, code_type="c++", options=_options(arch), target_type="cubin")
         try:
             return cache.get(key) is not None
         except OSError:
-            return None
+            return False
 
 
 def _options(arch: str) -> Any:

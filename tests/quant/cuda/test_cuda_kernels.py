@@ -18,7 +18,7 @@ import pytest
 from asyncload.errors import BackendUnavailableError, UnsupportedQuantError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, native_dtype
-from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, kernel_name, source
+from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, kernel_name, prepare, source
 from asyncload.quant.cuda._source import assemble
 from tests.quant import oracle
 
@@ -112,6 +112,28 @@ def test_it_compiles_where_nothing_can_be_kept(
     with caplog.at_level(logging.WARNING, "asyncload.quant"):
         assert compile_kernels("sm_90", [(GGMLType.Q4_0, DType.FLOAT16)]).code
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_process_of_its_own_compiles_what_can_be_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, kept: bool
+) -> None:
+    children: list[object] = []
+    run: Any = subprocess.run
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        children.append(arguments)
+        return run(*arguments, **options)
+
+    monkeypatch.setattr("subprocess.run", count)
+    monkeypatch.setattr("asyncload.quant.cuda._prepare.Kernel", lambda *arguments: arguments)  # it needs a device
+    if not kept:
+        (cache / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    for _ in range(2):
+        assert prepare("sm_90", [(GGMLType.Q4_0, DType.FLOAT16)])
+    assert len(children) == kept
+    assert ("in this process" in caplog.text) is not kept
 
 
 def test_an_architecture_that_the_compiler_does_not_know_is_an_error_of_ours(cache: Path) -> None:
