@@ -114,6 +114,10 @@ def test_it_compiles_where_nothing_can_be_kept(
     assert "cannot be kept" in caplog.text
 
 
+def _kernel(code: Any, *_: object) -> Any:
+    return code
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_process_of_its_own_compiles_what_can_be_kept(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, kept: bool
@@ -126,7 +130,7 @@ def test_a_process_of_its_own_compiles_what_can_be_kept(
         return run(*arguments, **options)
 
     monkeypatch.setattr("subprocess.run", count)
-    monkeypatch.setattr("asyncload.quant.cuda._prepare.Kernel", lambda *arguments: arguments)  # it needs a device
+    monkeypatch.setattr("asyncload.quant.cuda._prepare.Kernel", _kernel)  # the true one needs a device
     if not kept:
         (cache / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
