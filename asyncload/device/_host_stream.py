@@ -129,7 +129,7 @@ class CopyEngine:
             self.end(copy)
 
     def check_unused(self, what: str, address: int, nbytes: int) -> None:
-        """Raises ``DeviceError`` if a copy that has not ended reads or writes the range."""
+        """Raises ``DeviceError`` if work that has not ended reads or writes the range."""
         with self._lock:
             users = sum(work.touches(address, nbytes) for work in self._under_way)
         if users:

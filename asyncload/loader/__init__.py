@@ -138,11 +138,12 @@ class Loader:
         return self._engine
 
     async def warm_up(self, dtypes: Iterable[str] = ("float32", "float16", "bfloat16")) -> None:
-        """Makes every kernel ready that loads to these dtypes may need, so that none of them compiles.
+        """Makes the kernels ready that loads to these dtypes need, so that none of them compiles.
 
-        Takes seconds to a minute where kernels are not in the caches on disk, and some tenths where they are; the event
-        loop goes on meanwhile. Raises ``OptionsError`` for an unknown dtype, ``BackendUnavailableError`` where decoding
-        on the device was asked for and its compiler is missing.
+        The host's are not among them where the device decodes, though it needs one for a buffer of the caller's to
+        which the device cannot decode. Takes seconds to a minute where kernels are not in the caches on disk, and some
+        tenths where they are; the event loop goes on meanwhile. Raises ``OptionsError`` for an unknown dtype,
+        ``BackendUnavailableError`` where decoding on the device was asked for and its compiler is missing.
         """
         with self._load_scope() as engine:
             decode, device = engine.options.decode, engine.device.info.kind

@@ -94,7 +94,7 @@ def plan_load(
 
 
 def all_kernels(dtypes: Iterable[str], *, decode: DecodeOption, device: DeviceKind) -> dict[Decode, set[Pair]]:
-    """The pairs of type and dtype that any load with these settings may decode, by place.
+    """The pairs of type and dtype that loads with these settings may decode, by place, to targets that are aligned.
 
     Raises ``OptionsError`` for a dtype that nothing is decoded to.
     """

@@ -1,6 +1,7 @@
 """The tables of numbers that belong to some types' definitions, as the ``gguf`` package has them.
 
-It is imported when a table is asked for, as it takes a while: a kernel that was compiled before needs none.
+It is imported when a table is asked for, as it takes a while. A host kernel that was compiled before needs none; a CUDA
+program is found again by its text, which has its tables in it.
 """
 
 from __future__ import annotations
