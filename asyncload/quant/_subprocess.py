@@ -34,6 +34,7 @@ def run_module(module: str, arguments: Sequence[str]) -> bool:
             stderr=subprocess.PIPE,
             text=True,
             timeout=_TIMEOUT,
+            process_group=0,  # an interrupt from the terminal is this process's affair
         )
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("kernels could not be compiled in a subprocess: %s\n%s", error, getattr(error, "stderr", ""))

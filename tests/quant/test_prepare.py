@@ -166,6 +166,24 @@ def test_without_a_subprocess_it_compiles_here_and_says_so(cache: dict[str, str]
     assert len(code_files(cache)) == 2  # kept for the next process all the same
 
 
+def test_an_interrupt_from_the_terminal_does_not_reach_the_subprocess(cache: dict[str, str]) -> None:
+    """It goes to the whole group of processes; who waits here would then compile all of it in this one."""
+    outcome = run(
+        cache,
+        before="""
+import os, signal
+os.setsid()
+signal.signal(signal.SIGINT, lambda *_: None)
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        os.killpg(0, signal.SIGINT)
+subprocess.Popen = Popen
+""",
+    )
+    assert (outcome.passes, outcome.children, outcome.values) == (0, 1, VALUES)
+
+
 def test_without_a_place_to_write_it_compiles_here(copied_package: Path, tmp_path: Path) -> None:
     """Permissions would not stop the superuser; a file where the folder should be does."""
     (copied_package / "quant" / "__pycache__").write_bytes(b"")
