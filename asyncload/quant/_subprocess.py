@@ -1,4 +1,4 @@
-"""Compilers hold the interpreter lock for tens of milliseconds at a time: they run in a process of their own."""
+"""Compilers run in a process of their own: Numba's holds the interpreter lock for tens of milliseconds at a time."""
 
 from __future__ import annotations
 
