@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
-import time
-from collections.abc import Collection, Generator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Final
 
 from asyncload.errors import UnsupportedQuantError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, can_decode, native_dtype, refusal
 from asyncload.quant._subprocess import run_module
+from asyncload.quant._yielding import yielding
 
 if TYPE_CHECKING:
     from asyncload.quant._compiled import Entry
@@ -26,8 +24,6 @@ READY: Final[dict[Pair, Entry]] = {}
 
 _log: Final = logging.getLogger("asyncload.quant")
 _lock: Final = threading.Lock()
-_HOLD: Final = 0.001  # seconds that the interpreter lock is kept at a time
-_PAUSE: Final = 0.0001  # seconds in which a thread that waits for it can take it
 
 
 def prepare(pairs: Collection[Pair]) -> None:
@@ -39,7 +35,7 @@ def prepare(pairs: Collection[Pair]) -> None:
     wanted = [pair for pair in dict.fromkeys(pairs) if native_dtype(pair[0]) is not pair[1]]
     if all(pair in READY for pair in wanted):
         return
-    with _lock, _yielding():
+    with _lock, yielding():
         from asyncload.quant._compiled import compile_kernel
 
         cold = _load(wanted)
@@ -76,28 +72,3 @@ def _fill_cache(pairs: Sequence[Pair]) -> bool:
 def _names(pairs: Sequence[Pair]) -> list[str]:
     """The pairs as ``_warm`` takes them."""
     return [f"{type_.name}:{dtype}" for type_, dtype in pairs]
-
-
-@contextmanager
-def _yielding() -> Generator[None]:
-    """Lets other threads run at least every millisecond while this one imports Numba and loads what it has cached.
-
-    An event loop that wakes up would otherwise wait for the interpreter's switch interval of 5 ms, each time. A profile
-    function, which concerns this thread alone, is where a thread can be stopped between any two calls.
-    """
-    if threading.current_thread() is threading.main_thread() or sys.getprofile() is not None:
-        yield
-        return
-    released = time.perf_counter()
-
-    def release(*_: Any) -> None:
-        nonlocal released
-        if time.perf_counter() - released > _HOLD:
-            time.sleep(_PAUSE)
-            released = time.perf_counter()
-
-    sys.setprofile(release)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)

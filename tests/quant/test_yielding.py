@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncload.quant._prepare import _yielding
+from asyncload.quant._yielding import yielding
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
@@ -31,12 +31,12 @@ def spin_until(done: threading.Event) -> bool:
     return False
 
 
-@pytest.mark.parametrize("yielding", [True, False])
-def test_other_threads_run_though_the_interpreter_does_not_switch(yielding: bool) -> None:
+@pytest.mark.parametrize("yields", [True, False])
+def test_other_threads_run_though_the_interpreter_does_not_switch(*, yields: bool) -> None:
     done, started = threading.Event(), threading.Event()
 
     def load() -> bool:
-        with _yielding():
+        with yielding():
             started.set()
             return spin_until(done)
 
@@ -53,7 +53,7 @@ def test_other_threads_run_though_the_interpreter_does_not_switch(yielding: bool
     try:
         other = threading.Thread(target=answer)
         other.start()
-        assert in_thread(load if yielding else load_without) is yielding
+        assert in_thread(load if yields else load_without) is yields
         other.join()
     finally:
         sys.setswitchinterval(interval)
@@ -61,7 +61,7 @@ def test_other_threads_run_though_the_interpreter_does_not_switch(yielding: bool
 
 def test_the_profile_function_is_gone_afterwards() -> None:
     def profiles() -> tuple[Any, Any]:
-        with _yielding():
+        with yielding():
             inside = sys.getprofile()
         return inside, sys.getprofile()
 
@@ -77,7 +77,7 @@ def test_a_profiler_at_work_is_left_alone() -> None:
     def profiles() -> tuple[Any, Any]:
         sys.setprofile(profiler)
         try:
-            with _yielding():
+            with yielding():
                 return sys.getprofile(), profiler
         finally:
             sys.setprofile(None)
@@ -88,5 +88,5 @@ def test_a_profiler_at_work_is_left_alone() -> None:
 
 def test_the_main_thread_is_left_alone() -> None:
     before = sys.getprofile()
-    with _yielding():
+    with yielding():
         assert sys.getprofile() is before

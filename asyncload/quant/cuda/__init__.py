@@ -79,9 +79,9 @@ def compile_kernels(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> Any
 def prepare(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> dict[tuple[GGMLType, DType], Kernel]:
     """Loads the kernels of these pairs into the calling thread's current context, for a device of that architecture.
 
-    Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled in a subprocess then, with
-    the others of its family for the dtype. Raises ``UnsupportedQuantError`` for a pair that has no kernel, before
-    anything is compiled, and ``BackendUnavailableError`` as ``compile_kernels`` does.
+    Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled then, with the others of its
+    family for the dtype, and without the interpreter lock. Raises ``UnsupportedQuantError`` for a pair that has no
+    kernel, before anything is compiled, and ``BackendUnavailableError`` as ``compile_kernels`` does.
     """
     from asyncload.quant.cuda._prepare import prepare as prepare_kernels
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
-from collections.abc import Collection, Generator
-from contextlib import contextmanager
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, files
 from typing import Any, Final
 
 from asyncload.errors import BackendUnavailableError
@@ -15,7 +19,7 @@ from asyncload.quant import DType
 from asyncload.quant.cuda import ALIGNMENT, kernel_name
 from asyncload.quant.cuda._source import assemble
 
-__all__ = ["Kernel", "compile_program", "has_cache", "is_cached"]
+__all__ = ["Kernel", "compile_program", "load_nvrtc"]
 
 _log: Final = logging.getLogger("asyncload.quant")
 _THREADS: Final = 256  # of a block of threads, as the kernels are bounded to
@@ -26,52 +30,37 @@ _GRID_SPAN: Final = 16384  # the same where it has to fetch a grid of up to 8 Ki
 def compile_program(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> Any:
     """Compiles; see ``asyncload.quant.cuda.compile_kernels``."""
     text = assemble(pairs)
-    with _mapping_errors(arch):
-        options = _options(arch)
-        cache = _open_cache()
+    try:
+        load_nvrtc()
+        core: Any = import_module("cuda.core")
+        # Products that are not exact are rounded before the sum, as ggml does; the exact ones name their fused sums.
+        options = core.ProgramOptions(std="c++17", arch=arch, fma=False)
+        kept = _open_cache()
         try:
-            return _program(text, options).compile("cubin", **({} if cache is None else {"cache": cache}))
+            return core.Program(text, "c++", options).compile("cubin", **({} if kept is None else {"cache": kept}))
         except OSError as error:  # from the cache: the compiler touches no file
             _log.warning("compiled CUDA kernels cannot be kept: %s", error)
-            return _program(text, options).compile("cubin")
-
-
-def has_cache() -> bool:
-    """Whether there is a cache on disk, so that what one process compiles another finds."""
-    return _open_cache() is not None
-
-
-def is_cached(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> bool:
-    """Whether the cache on disk has the program of these pairs."""
-    text = assemble(pairs)
-    with _mapping_errors(arch):
-        cache = _open_cache()
-        if cache is None:
-            return False
-        make_key = import_module("cuda.core.utils").make_program_cache_key
-        key = make_key(code=text, code_type="c++", options=_options(arch), target_type="cubin")
-        try:
-            return cache.get(key) is not None
-        except OSError:
-            return False
-
-
-def _options(arch: str) -> Any:
-    # Products that are not exact are rounded before the sum, as ggml does; the exact ones name their fused sums.
-    return import_module("cuda.core").ProgramOptions(std="c++17", arch=arch, fma=False)
-
-
-def _program(text: str, options: Any) -> Any:
-    return import_module("cuda.core").Program(text, "c++", options)
-
-
-@contextmanager
-def _mapping_errors(arch: str) -> Generator[None]:
-    try:
-        yield
+            return core.Program(text, "c++", options).compile("cubin")
     except Exception as error:
         message = f"the decoding kernels cannot be compiled for {arch}: {error}"
         raise BackendUnavailableError(message, device="cuda") from error
+
+
+@cache
+def load_nvrtc() -> None:
+    """Loads NVRTC's library without the interpreter lock, which ``cuda.bindings`` would hold for up to 80 ms.
+
+    Where it comes from no package, that is left to ``cuda.bindings``.
+    """
+    for package in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+        with suppress(PackageNotFoundError):
+            for file in files(package) or ():
+                if file.name.startswith("libnvrtc.so"):
+                    # a call through ctypes gives the lock up, which making a ``CDLL`` does not
+                    dlopen = ctypes.CDLL(None).dlopen
+                    dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+                    dlopen(os.fsencode(file.locate()), os.RTLD_NOW)
+                    return
 
 
 def _open_cache() -> Any:

@@ -18,7 +18,7 @@ import pytest
 from asyncload.errors import BackendUnavailableError, UnsupportedQuantError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, native_dtype
-from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, kernel_name, prepare, source
+from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, kernel_name, source
 from asyncload.quant.cuda._source import assemble
 from tests.quant import oracle
 
@@ -114,30 +114,13 @@ def test_it_compiles_where_nothing_can_be_kept(
     assert "cannot be kept" in caplog.text
 
 
-def _kernel(code: Any, *_: object) -> Any:
-    return code
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_process_of_its_own_compiles_what_can_be_kept(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, kept: bool
-) -> None:
-    children: list[object] = []
-    run: Any = subprocess.run
-
-    def count(*arguments: Any, **options: Any) -> Any:
-        children.append(arguments)
-        return run(*arguments, **options)
-
-    monkeypatch.setattr("subprocess.run", count)
-    monkeypatch.setattr("asyncload.quant.cuda._prepare.Kernel", _kernel)  # the true one needs a device
-    if not kept:
-        (cache / "file").touch()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
-    for _ in range(2):
-        assert prepare("sm_90", [(GGMLType.Q4_0, DType.FLOAT16)])
-    assert len(children) == kept
-    assert ("in this process" in caplog.text) is not kept
+def test_the_compilers_library_is_there_before_anybody_loads_it_with_the_lock(cache: Path) -> None:
+    code = (
+        "import sys; from asyncload.quant.cuda._program import load_nvrtc; load_nvrtc();"
+        "print('libnvrtc.so' in open('/proc/self/maps').read(), 'cuda' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["True", "False"]
 
 
 def test_an_architecture_that_the_compiler_does_not_know_is_an_error_of_ours(cache: Path) -> None:
