@@ -36,40 +36,17 @@ class Batch:
 
 
 def _model(width: int, inner: Sequence[int]) -> Any:
-    """The layers as a torch module in host memory; its forward pass gives every layer the same batch."""
+    """The layers as a torch module in host memory, a block each, one after the other."""
     torch: Any = import_module("torch")
 
-    class Layer(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self, inner: int) -> None:
-            super().__init__()
-            self.up = torch.nn.Linear(width, inner, bias=False, dtype=torch.bfloat16)
-            self.down = torch.nn.Linear(inner, width, bias=False, dtype=torch.bfloat16)
+    def linear(inputs: int, outputs: int) -> Any:
+        layer = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16, device="meta").to_empty(device="cpu")
+        rows = layer.weight.data.view(outputs, -1, 64)
+        rows.copy_((torch.randn(outputs, 1, 64) / inputs**0.5).to(torch.bfloat16).expand_as(rows))
+        return layer
 
-        def forward(self, x: Any) -> Any:
-            return self.down(self.up(x))
-
-    class Model(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.ModuleList(Layer(size) for size in inner)
-
-        def forward(self, x: Any) -> Any:
-            for block in self.blocks:
-                block(x)
-            return x
-
-    def leave(tensor: Any, *_: Any, **__: Any) -> Any:
-        return tensor
-
-    init, torch.nn.init.kaiming_uniform_ = torch.nn.init.kaiming_uniform_, leave
-    try:
-        model = Model().requires_grad_(requires_grad=False).eval()
-    finally:
-        torch.nn.init.kaiming_uniform_ = init
-    for parameter in model.parameters():
-        rows = parameter.data.view(parameter.shape[0], -1, 64)
-        rows.copy_(torch.randn(parameter.shape[0], 1, 64, dtype=torch.bfloat16).expand_as(rows))
-    return model
+    blocks = [torch.nn.Sequential(linear(width, size), linear(size, width)) for size in inner]
+    return torch.nn.Sequential(torch.nn.Sequential(*blocks)).requires_grad_(requires_grad=False).eval()
 
 
 def _without_grad(model: Any) -> Forward:
