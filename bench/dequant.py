@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import HOST_DECODED, DType, decode, native_dtype, prepare
+from asyncload.quant import FAMILIES, DType, decode, native_dtype, prepare
 from bench._common import make_parser, print_table, write_record
 from bench._dequant_loop import LATE_GOAL, measure_lateness
 from bench._dequant_peers import Bytes, Job, ggml_decoder, gguf_decoder, make_blocks, writers
@@ -62,7 +62,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__ or "", loads=False)
-    parser.add_argument("--types", nargs="+", metavar="TYPE", default=[type_.name for type_ in HOST_DECODED])
+    parser.add_argument("--types", nargs="+", metavar="TYPE", default=[type_.name for type_ in FAMILIES])
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", type=DType.parse, default=_DTYPES)
     parser.add_argument("--output", metavar="MIB", type=int, default=256, help="size of the decoded output")
     parser.add_argument("--call", metavar="MIB", type=int, default=4, help="most that one call writes")
@@ -107,7 +107,7 @@ def goal_of_limit(type_: GGMLType, dtype: DType) -> tuple[float, float] | None:
         return _OF_LIMIT_PAIRS[type_, dtype]
     if type_.name.startswith("IQ"):
         return _OF_LIMIT_IQ4 if type_.name.startswith("IQ4") else _OF_LIMIT_GRID[dtype]
-    return _OF_LIMIT.get(HOST_DECODED[type_])
+    return _OF_LIMIT.get(FAMILIES[type_])
 
 
 def _measure(type_: GGMLType, dtype: DType, threads: int, target: Bytes, *, rounds: int, call: int) -> Row:

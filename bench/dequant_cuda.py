@@ -19,8 +19,8 @@ from typing import Any, Final
 import numpy as np
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType
-from asyncload.quant.cuda import CUDA_DECODED, can_decode, prepare
+from asyncload.quant import FAMILIES, DType
+from asyncload.quant.cuda import can_decode, prepare
 from asyncload.testing import random_blocks
 from bench._common import print_table, write_record
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes the record where that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="to float32 and float16 too, not only to bfloat16")
-    parser.add_argument("--types", nargs="+", metavar="TYPE", default=[type_.name for type_ in CUDA_DECODED])
+    parser.add_argument("--types", nargs="+", metavar="TYPE", default=[type_.name for type_ in FAMILIES])
     parser.add_argument("--output", metavar="MIB", type=int, default=512, help="size of a decoded output")
     parser.add_argument("--rounds", type=int, default=_ROUNDS, help="launches of which the median counts")
     parser.add_argument(
@@ -207,7 +207,7 @@ def _measure(gpu: Gpu, pair: tuple[GGMLType, DType], setting: Setting) -> Genera
             gbytes_in=gbytes_in,
             gbytes_out=gbytes_out,
             of_copy=(gbytes_in + gbytes_out) / setting.copy,
-            goal=_GOALS[CUDA_DECODED[type_]],
+            goal=_GOALS[FAMILIES[type_]],
         )
     for address in sources:
         gpu.check(gpu.driver.cuMemFree(address))

@@ -16,7 +16,7 @@ class Slot:
 
     index: int
     allocation: Allocation
-    busy: list[Event] = field(default_factory=list)
+    busy: list[Event] = field(default_factory=list[Event])
 
     @property
     def memory(self) -> DeviceMemory:

@@ -13,7 +13,7 @@ from typing import Final
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
 
-__all__ = ["HOST_DECODED", "DType", "can_decode", "decode", "native_dtype", "prepare", "refusal"]
+__all__ = ["FAMILIES", "DType", "can_decode", "decode", "native_dtype", "prepare", "refusal"]
 
 
 class DType(StrEnum):
@@ -71,7 +71,7 @@ _NATIVE: Final = {
     GGMLType.I16: DType.INT16,
     GGMLType.I8: DType.INT8,
 }
-_FAMILIES: Final[Mapping[str, str]] = {
+_TYPES: Final[Mapping[str, str]] = {
     "floats": "F64 F32 F16 BF16",
     "legacy": "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0",
     "kquants": "Q2_K Q3_K Q4_K Q5_K Q6_K",
@@ -82,9 +82,9 @@ _FAMILIES: Final[Mapping[str, str]] = {
 _ACTIVATIONS: Final = frozenset({GGMLType.Q8_1, GGMLType.Q8_K})
 _FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
 
-#: Which file beside this one, less its underscore, has a type's kernels.
-HOST_DECODED: Final[Mapping[GGMLType, str]] = MappingProxyType(
-    {GGMLType[name]: family for family, names in _FAMILIES.items() for name in names.split()}
+#: Which file has a type's kernels: the host's beside this one, with an underscore before the name, CUDA's in ``cuda``.
+FAMILIES: Final[Mapping[GGMLType, str]] = MappingProxyType(
+    {GGMLType[name]: family for family, names in _TYPES.items() for name in names.split()}
 )
 
 
@@ -95,7 +95,7 @@ def native_dtype(type: GGMLType) -> DType | None:  # noqa: A002 - the field's na
 
 def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002
     """Whether ``decode`` can make elements of ``dtype`` from a type's blocks; plain types can stay what they are."""
-    return _NATIVE.get(type) is dtype or (type in HOST_DECODED and dtype in _FLOATS)
+    return _NATIVE.get(type) is dtype or (type in FAMILIES and dtype in _FLOATS)
 
 
 def refusal(type: GGMLType, dtype: DType) -> str:  # noqa: A002

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import HOST_DECODED, DType
+from asyncload.quant import FAMILIES, DType
 from bench.dequant import goal_of_limit, main
 
 
@@ -31,5 +31,5 @@ def test_the_benchmark_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16])
 def test_every_quantized_type_has_a_goal(dtype: DType) -> None:
-    assert all((goal_of_limit(type_, dtype) is not None) is type_.quantized for type_ in HOST_DECODED)
+    assert all((goal_of_limit(type_, dtype) is not None) is type_.quantized for type_ in FAMILIES)
     assert goal_of_limit(GGMLType.Q4_K, dtype) == (0.90, 0.80)

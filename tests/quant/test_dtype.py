@@ -9,9 +9,9 @@ import pytest
 
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
-from asyncload.quant import HOST_DECODED, DType, can_decode, native_dtype
+from asyncload.quant import FAMILIES, DType, can_decode, native_dtype
 from asyncload.quant._kernels import DECODERS
-from asyncload.quant.cuda import CUDA_DECODED
+from asyncload.quant.cuda._source import read
 from tests.quant import oracle
 
 
@@ -53,15 +53,15 @@ def test_plain_types_are_native_and_of_the_same_size(type_: GGMLType) -> None:
 
 
 def test_the_table_is_what_has_a_decoder() -> None:
-    homes = {type_: f"asyncload.quant._{family}" for type_, family in HOST_DECODED.items()}
+    homes = {type_: f"asyncload.quant._{family}" for type_, family in FAMILIES.items()}
     assert {type_: decoder.__module__ for type_, decoder in DECODERS.items()} == homes
-    assert {type_ for type_ in GGMLType if can_decode(type_, DType.FLOAT16)} == HOST_DECODED.keys()
+    assert {type_ for type_ in GGMLType if can_decode(type_, DType.FLOAT16)} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("where", ["host", "cuda"])
-def test_every_type_that_weights_are_stored_as_is_decoded(where: str) -> None:
-    table = {"host": HOST_DECODED, "cuda": CUDA_DECODED}[where]
-    assert {type_.name for type_ in oracle.STORED} - {type_.name for type_ in table} == set()
+@pytest.mark.parametrize("type_", oracle.STORED, ids=lambda type_: type_.name)
+def test_every_type_that_weights_are_stored_as_has_kernels_at_both_places(type_: GGMLType) -> None:
+    assert DECODERS[type_].__module__ == f"asyncload.quant._{FAMILIES[type_]}"
+    assert f"struct {type_.name} " in read(FAMILIES[type_])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import llvmlite.binding
 import pytest
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import HOST_DECODED, DType, native_dtype
+from asyncload.quant import FAMILIES, DType, native_dtype
 from asyncload.quant._block import Block, Processor
 from asyncload.quant._kernels import DECODERS
 from asyncload.quant._vector import I8, ir
@@ -18,7 +18,7 @@ binding: Any = llvmlite.binding  # it carries no types
 
 PAIRS = [
     (type_, dtype)
-    for type_ in HOST_DECODED
+    for type_ in FAMILIES
     for dtype in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
     if native_dtype(type_) is not dtype
 ]

@@ -7,41 +7,26 @@ driver.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncload.errors import UnsupportedQuantError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, native_dtype
+from asyncload.quant import can_decode as can_decode_on_host
 
 if TYPE_CHECKING:
     from asyncload.quant.cuda._program import Kernel
 
-__all__ = ["ALIGNMENT", "CUDA_DECODED", "can_decode", "compile_kernels", "kernel_name", "prepare", "source"]
+__all__ = ["ALIGNMENT", "can_decode", "compile_kernels", "kernel_name", "prepare", "source"]
 
 #: What the address of a target is a multiple of, in bytes; where the type has no blocks, the weight's size is enough.
 ALIGNMENT: Final = 16
 
-_FAMILIES: Final[Mapping[str, str]] = {
-    "floats": "F64 F32 F16 BF16",
-    "legacy": "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0",
-    "kquants": "Q2_K Q3_K Q4_K Q5_K Q6_K",
-    "iquants": "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS",
-    "ternary": "TQ1_0 TQ2_0 Q1_0 Q2_0",
-    "fp4": "MXFP4 NVFP4",
-}
-_FLOATS: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
-
-#: Which file beside this one has a type's kernels.
-CUDA_DECODED: Final[Mapping[GGMLType, str]] = MappingProxyType(
-    {GGMLType[name]: family for family, names in _FAMILIES.items() for name in names.split()}
-)
-
 
 def can_decode(type: GGMLType, dtype: DType) -> bool:  # noqa: A002 - the field's name
     """Whether there is a kernel for a pair; there is none that would only copy."""
-    return type in CUDA_DECODED and dtype in _FLOATS and native_dtype(type) is not dtype
+    return native_dtype(type) is not dtype and can_decode_on_host(type, dtype)
 
 
 def kernel_name(type: GGMLType, dtype: DType) -> str:  # noqa: A002

@@ -7,8 +7,8 @@ from importlib.resources import files
 from typing import Final
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, _tables
-from asyncload.quant.cuda import CUDA_DECODED, kernel_name
+from asyncload.quant import FAMILIES, DType, _tables
+from asyncload.quant.cuda import kernel_name
 
 __all__ = ["assemble"]
 
@@ -18,7 +18,7 @@ _SIGNED: Final = 128  # what is added to signed bytes
 def assemble(pairs: Collection[tuple[GGMLType, DType]], *, device: str | None = None) -> str:
     """The program for these pairs, upon ``device``: the text of ``device.cu`` or of a twin of it."""
     kernels = sorted({(type_, dtype, kernel_name(type_, dtype)) for type_, dtype in pairs})
-    families = dict.fromkeys(CUDA_DECODED[type_] for type_, _, _ in kernels)
+    families = dict.fromkeys(FAMILIES[type_] for type_, _, _ in kernels)
     parts = [read("device") if device is None else device, read("block")]
     for family in families:
         parts += [make() for make in _TABLES.get(family, ())]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from asyncload.quant import DType
-from asyncload.quant.cuda import CUDA_DECODED, can_decode
+from asyncload.quant import FAMILIES, DType
+from asyncload.quant.cuda import can_decode
 from tests.quant import oracle
 
-PAIRS = [(type_, dtype) for type_ in CUDA_DECODED for dtype in DType if can_decode(type_, dtype)]
+PAIRS = [(type_, dtype) for type_ in FAMILIES for dtype in DType if can_decode(type_, dtype)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType
-from asyncload.quant.cuda import CUDA_DECODED, can_decode, prepare
+from asyncload.quant import FAMILIES, DType
+from asyncload.quant.cuda import can_decode, prepare
 from tests.quant import oracle
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 
 PAIRS = [
     (type_, dtype)
-    for type_ in CUDA_DECODED
+    for type_ in FAMILIES
     for dtype in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
     if can_decode(type_, dtype)
 ]

@@ -17,15 +17,15 @@ import pytest
 
 from asyncload.errors import BackendUnavailableError, UnsupportedQuantError
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, native_dtype
-from asyncload.quant.cuda import CUDA_DECODED, can_decode, compile_kernels, kernel_name, source
+from asyncload.quant import FAMILIES, DType, native_dtype
+from asyncload.quant.cuda import can_decode, compile_kernels, kernel_name, source
 from asyncload.quant.cuda._source import assemble
 from tests.quant import oracle
 
 Bytes = npt.NDArray[np.uint8]
 
 FLOATS = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
-PAIRS = [(type_, dtype) for type_ in CUDA_DECODED for dtype in FLOATS if can_decode(type_, dtype)]
+PAIRS = [(type_, dtype) for type_ in FAMILIES for dtype in FLOATS if can_decode(type_, dtype)]
 NEVER_STORED = {GGMLType.Q8_1, GGMLType.Q8_K}
 GUARD = 64
 
@@ -34,13 +34,13 @@ GUARD = 64
 
 
 def test_every_type_that_files_hold_has_kernels() -> None:
-    assert set(CUDA_DECODED) == {type_ for type_ in GGMLType if not type_.integer} - NEVER_STORED
+    assert set(FAMILIES) == {type_ for type_ in GGMLType if not type_.integer} - NEVER_STORED
 
 
 def test_every_pair_that_is_no_copy_has_a_kernel() -> None:
-    assert set(PAIRS) == {(type_, dtype) for type_ in CUDA_DECODED for dtype in FLOATS if native_dtype(type_) != dtype}
+    assert set(PAIRS) == {(type_, dtype) for type_ in FAMILIES for dtype in FLOATS if native_dtype(type_) != dtype}
     text = source(PAIRS)
-    assert all(f"struct {type_.name} " in text for type_ in CUDA_DECODED)
+    assert all(f"struct {type_.name} " in text for type_ in FAMILIES)
     assert all(f"KERNEL({type_.name}, {dtype})\n" in text for type_, dtype in PAIRS)
 
 
