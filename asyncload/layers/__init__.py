@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from asyncload.layers._feed import FileFeed, SlabFeed
 from asyncload.layers._layer import Layer
-from asyncload.layers._scheduler import Fed, Ride, Scheduler, Sweep, Use
+from asyncload.layers._scheduler import Fed, Ride, Scheduler, Sweep, Use, Work
 from asyncload.layers._slabs import Slabs
 from asyncload.layers._slots import Slot
+from asyncload.layers._stats import LayerRecord, LayerTiming, PassStats, lower_bound, measure_pass, record_pass
+from asyncload.layers._trace import trace, write_trace
 
 __all__ = [
     "Fed",
     "FileFeed",
     "Layer",
+    "LayerRecord",
+    "LayerTiming",
+    "PassStats",
     "Ride",
     "Scheduler",
     "SlabFeed",
@@ -19,4 +24,10 @@ __all__ = [
     "Slot",
     "Sweep",
     "Use",
+    "Work",
+    "lower_bound",
+    "measure_pass",
+    "record_pass",
+    "trace",
+    "write_trace",
 ]

@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from asyncload.device import Device, Event
 from asyncload.errors import ClosedError, OptionsError, TensorNotFoundError
-from asyncload.layers._scheduler import Ride, Scheduler, Use
+from asyncload.layers._scheduler import Ride, Scheduler, Use, Work
 from asyncload.model import Tensor
 
 __all__ = ["Layer"]
@@ -39,8 +39,7 @@ class Layer(Mapping[str, Tensor]):
         self._make_tensors = make_tensors
         self._scheduler = scheduler
         self._ride = ride
-        self._use = use
-        self._entered = False
+        self._work: Work | None = ride.sweep.resident[number] if use is None else use  # until it is used
         self._tensors: Mapping[str, Tensor] | None = None
 
     @contextmanager
@@ -55,19 +54,24 @@ class Layer(Mapping[str, Tensor]):
         Raises ``ClosedError`` for a layer that was used or has passed, ``StalledError`` if the ride was left behind,
         ``OptionsError`` where a stream is needed, ``DeviceError`` for what is no stream of the device.
         """
-        if self._entered:
+        work = self._work
+        if work is None:
             raise ClosedError(f"layer {self.number} has been used")
         if stream is None and self._device.info.kind != "host":
             raise OptionsError("work on a layer needs a stream: layer.on(stream)", option="stream")
-        use, adopted = self._use, None if stream is None else self._device.adopt(stream)
-        self._entered = True
+        adopted = None if stream is None else self._device.adopt(stream)
+        use = work if isinstance(work, Use) else None
+        self._work = None  # it holds its sweep, and that those after it: who keeps the layer keeps none
         if use is not None:
             self._scheduler.enter(self._ride, use, adopted)
         try:
-            if use is not None and adopted is not None:
-                for event in use.fed.arrived:
+            if adopted is None:
+                work.untimed = True
+            else:
+                ready = adopted.record(timing=True)
+                for event in () if use is None else use.fed.arrived:
                     adopted.wait(event)
-                use.work_began(adopted.record(timing=True))
+                work.begin(ready, adopted.record(timing=True))
             self._tensors = self._make_tensors()
             yield self
         finally:
@@ -76,16 +80,18 @@ class Layer(Mapping[str, Tensor]):
                 tensor.close()
             ended: Event | None = None
             try:
-                ended = None if use is None or adopted is None else adopted.record(timing=True)
+                ended = None if adopted is None else adopted.record(timing=True)
             finally:
                 if use is not None:
                     self._scheduler.finish(self._ride, use, ended)
+                elif ended is not None:
+                    work.ended.append(ended)
 
     def skip(self) -> None:
         """Gives the layer back unused; its ride's next step does that too."""
-        if self._use is not None and not self._entered:
-            self._scheduler.finish(self._ride, self._use)
-        self._entered = True
+        work, self._work = self._work, None
+        if isinstance(work, Use):
+            self._scheduler.finish(self._ride, work)
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor by its name within the layer; raises ``TensorNotFoundError``, ``ClosedError`` outside of ``on``."""

@@ -10,6 +10,7 @@ when the work on the layer that had its slot before has ended.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from asyncload.errors import ClosedError, StalledError
 from asyncload.layers._slots import Slot
 from asyncload.plan import LayerPlan
 
-__all__ = ["Fed", "Feed", "Ride", "Scheduler", "Sweep", "Use"]
+__all__ = ["Fed", "Feed", "Ride", "Scheduler", "Sweep", "Use", "Work"]
 
 _log: Final = logging.getLogger("asyncload.layers")
 _FEEDS: Final = 2  # layers that are fetched at a time: while one arrives, the next is read
@@ -43,10 +44,26 @@ class Fed:
 Feed = Callable[[LayerPlan, Slot], Awaitable[Fed]]
 
 
-class Use:
+class Work:
+    """What the rides do with a layer during one sweep, as events on their streams."""
+
+    def __init__(self) -> None:
+        self.ready: Event | None = None  # when the first ride's stream had come to it
+        self.began: Event | None = None  # before that ride's work, behind the layer's arrival
+        self.ended: list[Event] = []  # behind the rides' work
+        self.untimed = False  # some of it was on no stream
+
+    def begin(self, ready: Event, began: Event) -> None:
+        """Keeps the first ride's events."""
+        if self.began is None:
+            self.ready, self.began = ready, began
+
+
+class Use(Work):
     """A layer's stay in a slot during one sweep."""
 
     def __init__(self, layer: LayerPlan, sweep: Sweep) -> None:
+        super().__init__()
         self.layer = layer
         self.sweep = sweep
         self.slot: Slot | None = None
@@ -56,15 +73,9 @@ class Use:
         self.enqueued = anyio.Event()  # its copies are, or it has failed
         self.finished: set[Ride] = set()
         self.inside: dict[Ride, Stream | None] = {}  # with the stream that each works on
-        self.began: Event | None = None  # before the first ride's work
         self.watched = False
-        self.ended: list[Event] = []  # behind the rides' work
-        self.released = anyio.Event()  # all of these are recorded
-        self.over = anyio.Event()  # and have passed
-
-    def work_began(self, event: Event) -> None:
-        """Keeps the event before the first ride's work."""
-        self.began = self.began or event
+        self.released = anyio.Event()  # all that ended is recorded
+        self.over = anyio.Event()  # and has passed
 
 
 class Sweep:
@@ -75,7 +86,9 @@ class Sweep:
         self.rides: set[Ride] = set()
         self.started = anyio.Event()
         self.failed = False
+        self.passed = False  # by at least one ride, to its end
         self.uses = [Use(layer, self) for layer in layers]
+        self.resident: defaultdict[int, Work] = defaultdict(Work)  # on layers that are in no slot, by number
 
     @cached_property
     def next(self) -> Sweep:
@@ -127,6 +140,7 @@ class Scheduler:
         self._begin: Sweep | None = self._next  # where ``run`` begins
         self._group: TaskGroup | None = None
         self._closed = False
+        self.last: Sweep | None = None  # that was passed to its end and that all rides have left
 
     # The task
 
@@ -237,6 +251,7 @@ class Scheduler:
         if not ride.sweep.started.is_set():
             self._start_sweep(ride.sweep)
         if ride.position == len(ride.sweep.uses):
+            ride.sweep.passed = True
             self._change(ride)
             return None
         use = ride.sweep.uses[ride.position]
@@ -272,6 +287,7 @@ class Scheduler:
         self._withdraw(ride, ride.sweep)
         if ride.sweep.started.is_set():
             self._withdraw(ride, ride.sweep.next)
+        ride.sweep = Sweep(())  # a sweep holds those after it: who keeps the ride keeps none
 
     def close(self) -> None:
         """Ends all rides; what waits in them is woken."""
@@ -295,6 +311,8 @@ class Scheduler:
 
     def _withdraw(self, ride: Ride, sweep: Sweep) -> None:
         sweep.rides.discard(ride)
+        if sweep.passed and not sweep.rides:
+            self.last = sweep
         for use in sweep.uses:
             self._check(use)
 

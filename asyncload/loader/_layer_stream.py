@@ -18,7 +18,20 @@ from anyio.abc import TaskGroup
 from asyncload.device import Event, Stream
 from asyncload.errors import ClosedError
 from asyncload.gguf import GGMLType, Header
-from asyncload.layers import FileFeed, Layer, Ride, Scheduler, SlabFeed, Slabs, Slot, Use
+from asyncload.layers import (
+    FileFeed,
+    Layer,
+    LayerRecord,
+    PassStats,
+    Ride,
+    Scheduler,
+    SlabFeed,
+    Slabs,
+    Slot,
+    Use,
+    measure_pass,
+    record_pass,
+)
 from asyncload.loader._kernels import prepare_kernels
 from asyncload.loader._model_load import load_model
 from asyncload.loader._open import ModelPath, OpenedModel
@@ -122,9 +135,19 @@ class _Layers:
             await self.scheduler.settle(use.fed.arrived)
         return use
 
+    async def last_pass(self) -> PassStats:
+        """The last sweep's figures."""
+        records = record_pass(self.scheduler.last, self.order)
+        await self.scheduler.settle([event for record in records for event in record.events])
+        return await self.engine.callers.run(_measure, self.engine, records)
+
     def make(self, number: int, ride: Ride, use: Use | None) -> Layer:
         """A layer to hand out."""
-        make = partial(self._views, number) if use is None else partial(self._tensors, use)
+        if use is None:
+            make = partial(self._views, number)
+        else:
+            assert use.slot is not None
+            make = partial(self._tensors, use.layer, use.slot)
         return Layer(number, self.engine.device, make, scheduler=self.scheduler, ride=ride, use=use)
 
     def _views(self, number: int) -> Mapping[str, Tensor]:
@@ -141,21 +164,19 @@ class _Layers:
             for tensor in self.resident[number]
         }
 
-    def _tensors(self, use: Use) -> Mapping[str, Tensor]:
-        assert use.slot is not None
-        allocation = use.slot.allocation
+    def _tensors(self, layer: LayerPlan, slot: Slot) -> Mapping[str, Tensor]:
         return {
-            _short(tensor.info.name, use.layer.number): Tensor(
+            _short(tensor.info.name, layer.number): Tensor(
                 tensor.info.name,
                 shape=tensor.shape,
                 logical_shape=tensor.info.shape,
                 dtype=tensor.dtype,
                 type=tensor.info.type,
                 device=self.engine.device.info,
-                memory=allocation,
+                memory=slot.allocation,
                 offset=offset,
             )
-            for tensor, offset in use.layer.placed
+            for tensor, offset in layer.placed
         }
 
 
@@ -290,6 +311,15 @@ class LayerStream:
         """A ride in the next sweep, beside those of other tasks."""
         return LayerRide(self._active())
 
+    async def last_pass(self) -> PassStats:
+        """What the last sweep took that a ride has passed to its end and all others have passed or left.
+
+        Waits for its work to end. Raises ``PlanError`` where there is none yet, and where its times are not known: a
+        layer was skipped, or used without a stream, or read from the file in that sweep (``host="file"``);
+        ``DeviceError`` if its copies or the work failed.
+        """
+        return await self._active().last_pass()
+
     def __aiter__(self) -> LayerRide:
         """One sweep."""
         return LayerRide(self._active(), once=True)
@@ -331,6 +361,11 @@ def _synchronize(engine: Engine, events: Sequence[Event]) -> None:
 def _record(engine: Engine, stream: Stream) -> Event:
     engine.device.attach()
     return stream.record(timing=True)
+
+
+def _measure(engine: Engine, records: Sequence[LayerRecord]) -> PassStats:
+    engine.device.attach()
+    return measure_pass(records)
 
 
 def _available_memory() -> int:
