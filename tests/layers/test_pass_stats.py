@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from asyncload.device import Event, HostDevice
-from asyncload.device._host_stream import HostStream
+from asyncload.device._host_stream import HostEvent, HostStream
 from asyncload.errors import ClosedError, PlanError
 from asyncload.gguf import GGMLType
 from asyncload.layers import (
@@ -293,6 +293,49 @@ async def test_identities_of_real_passes(
             *(f"slot {index}" for index in range(slots)),
         ]
     assert_no_overlap(document, 3)
+
+
+class ListingDevice(HostDevice):
+    """Knows the streams that it has opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams: list[HostStream] = []
+
+    def stream(self) -> HostStream:
+        self.streams.append(super().stream())
+        return self.streams[-1]
+
+
+@pytest.mark.anyio
+async def test_waiting_for_a_copy_is_seen(tmp_path: Path) -> None:
+    path = await make_model(tmp_path / "model.gguf", 3)
+    device = ListingDevice()
+    async with (
+        Loader(device, options=SMALL) as loader,
+        loader.stream(path, slots=1, allow=["stream"], workspace=0, kv_bytes=0) as layers,
+    ):
+        layers._active().wait_for_arrival = False
+        copies, stream = device.streams[-1], device.stream()
+        async for layer in layers:
+            if layer.number == 0:
+                held = copies.hold()  # the next layer's copy comes behind it
+            work(layer, stream)
+            if layer.number == 1:
+                sweep = next(iter(layers._active().scheduler._rides)).sweep
+                ready = sweep.uses[1].ready
+                assert isinstance(ready, HostEvent)
+                came = await run_in_thread(ready._passed.wait, 10)
+                held.set()
+                assert came
+        stats = await layers.last_pass()
+        await run_in_thread(stream.close)
+    check(stats)
+    first, second, _ = stats.layers
+    assert second.waited > 0
+    assert second.work[0] - second.waited < second.copies[0][0]  # it came before the copy had begun
+    assert stats.scheduling_stall > 0
+    assert stats.wall >= first.compute + second.waited + second.compute
 
 
 @pytest.mark.anyio
