@@ -317,17 +317,18 @@ async def test_waiting_for_a_copy_is_seen(tmp_path: Path) -> None:
     ):
         layers._active().wait_for_arrival = False
         copies, stream = device.streams[-1], device.stream()
-        async for layer in layers:
-            if layer.number == 0:
-                held = copies.hold()  # the next layer's copy comes behind it
+        with layers.join() as ride:
+            layer = await anext(ride)
+            held = copies.hold()  # the next layer's copy comes behind it
             work(layer, stream)
-            if layer.number == 1:
-                sweep = next(iter(layers._active().scheduler._rides)).sweep
-                ready = sweep.uses[1].ready
-                assert isinstance(ready, HostEvent)
-                came = await run_in_thread(ready._passed.wait, 10)
-                held.set()
-                assert came
+            work(await anext(ride), stream)
+            ready = ride._ride.sweep.uses[1].ready
+            assert isinstance(ready, HostEvent)
+            came = await run_in_thread(ready._passed.wait, 10)
+            held.set()
+            assert came
+            async for layer in ride:
+                work(layer, stream)
         stats = await layers.last_pass()
         await run_in_thread(stream.close)
     check(stats)
