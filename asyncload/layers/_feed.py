@@ -31,11 +31,17 @@ class SlabFeed:
         self._slabs = slabs
         self._thread = Threads(1, "asyncload-layers", nice=engine.options.nice)
         self._piece = engine.options.chunk_size
-        self._streams = [engine.device.stream() for _ in range(engine.options.streams if decodes else 1)]
-        self._scratch = [
-            engine.tracker.allocate(self._piece, Purpose.SCRATCH, f"packed bytes of layers, stream {index}")
-            for index in range(engine.options.streams if decodes else 0)
-        ]
+        self._streams: list[Stream] = []
+        self._scratch: list[Allocation] = []
+        try:
+            for index in range(engine.options.streams if decodes else 1):
+                self._streams.append(engine.device.stream())
+                if decodes:
+                    description = f"packed bytes of layers, stream {index}"
+                    self._scratch.append(engine.tracker.allocate(self._piece, Purpose.SCRATCH, description))
+        except BaseException:
+            self.close()
+            raise
 
     async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
         """Enqueues a layer's copies and kernels."""
@@ -117,11 +123,19 @@ class _SlotSink(Sink):
 
 
 class FileFeed:
-    """Reads layers from the file each time they are needed, through the loader's staging buffers and streams."""
+    """Reads layers from the file each time they are needed, through the loader's staging buffers and streams.
 
-    def __init__(self, engine: Engine, sources: Sequence[Source]) -> None:
+    What the device decodes goes through the loader's scratch, which stays as long as this does: freeing it after each
+    layer would wait for the work on the layers, and the next one would take another.
+    """
+
+    def __init__(self, engine: Engine, sources: Sequence[Source], *, decodes: bool) -> None:
+        """Blocks."""
         self._engine = engine
         self._sources = sources
+        self._decodes = decodes
+        if decodes:
+            engine.scratch.acquire()
 
     async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
         """Moves a layer, to its arrival."""
@@ -130,4 +144,6 @@ class FileFeed:
         return Fed()
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Gives the scratch back."""
+        if self._decodes:
+            self._engine.scratch.release()

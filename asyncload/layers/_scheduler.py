@@ -130,7 +130,7 @@ class Scheduler:
         self._layers = layers
         self._slots = slots
         self._feed = feed
-        self.settle = settle
+        self._settle = settle
         self._record = record
         self._rides: set[Ride] = set()
         self._feeding = anyio.Semaphore(_FEEDS)
@@ -149,12 +149,15 @@ class Scheduler:
         slots, sweep, self._begin = cycle(self._slots), self._begin, None
         assert sweep is not None
         async with anyio.create_task_group() as self._group:
-            while True:
-                await self._fetch(sweep, slots)
-                await sweep.started.wait()
-                failed, sweep = sweep.failed, sweep.next
-                if failed:  # not again before somebody asks
+            try:
+                while True:
+                    await self._fetch(sweep, slots)
                     await sweep.started.wait()
+                    failed, sweep = sweep.failed, sweep.next
+                    if failed:  # not again before somebody asks
+                        await sweep.started.wait()
+            finally:
+                self._group = None
 
     async def _fetch(self, sweep: Sweep, slots: Iterator[Slot]) -> None:
         """Has a sweep's layers fetched, in order, as long as there is somebody for whom."""
@@ -205,9 +208,14 @@ class Scheduler:
             self._group.start_soon(function, use)
 
     async def _await_end(self, use: Use) -> None:
-        """Lets the use of the slot after this one be handed out once the work on this one has ended, however."""
+        """Lets the use of the slot after this one be handed out once the work on this one has ended, however.
+
+        A use that was never handed out ends with the one before it.
+        """
+        if use.before is not None:
+            await use.before.over.wait()
         try:
-            await self.settle(use.ended)
+            await self._settle(use.ended)
         except Exception as error:  # noqa: BLE001 - it is the consumer's, whose own stream reports it
             _log.warning("work on layer %d failed: %s", use.layer.number, error)
         use.over.set()
@@ -241,13 +249,14 @@ class Scheduler:
         self._rides.add(ride)
         return ride
 
-    async def step(self, ride: Ride) -> Use | None:
+    async def step(self, ride: Ride, *, arrived: bool = False) -> Use | None:
         """The use of the ride's next layer, once its copies are enqueued and the use before it in the slot is over.
 
-        None at the end of the sweep; the ride is in the next one then. Raises what fetching the layer has raised,
-        ``StalledError`` for a ride that was left behind, ``ClosedError`` after the end.
+        ``arrived`` waits for the copies' end, too. None at the end of the sweep; the ride is in the next one then.
+        Raises what fetching the layer has raised, ``StalledError`` for a ride that was left behind, ``ClosedError``
+        after the end. Where it is cancelled, the next step gives the same layer.
         """
-        self._check_ride(ride)
+        self.check(ride)
         if not ride.sweep.started.is_set():
             self._start_sweep(ride.sweep)
         if ride.position == len(ride.sweep.uses):
@@ -258,16 +267,24 @@ class Scheduler:
         await use.enqueued.wait()
         if use.error is None and use.before is not None:
             await use.before.over.wait()
-        self._check_ride(ride)
+        if use.error is None and arrived:
+            await self._await_arrival(use)
+        self.check(ride)
         if use.error is not None:
             self._change(ride)
             raise use.error
         ride.position += 1
         return use
 
+    async def _await_arrival(self, use: Use) -> None:
+        try:
+            await self._settle(use.fed.arrived)
+        except Exception as error:  # noqa: BLE001 - the rides raise it
+            use.error = use.error or error
+
     def enter(self, ride: Ride, use: Use, stream: Stream | None) -> None:
         """A ride begins to use a layer on a stream, or on the host."""
-        self._check_ride(ride)
+        self.check(ride)
         if ride in use.finished or ride in use.inside or use.released.is_set():
             raise ClosedError(f"layer {use.layer.number} has been used")
         use.inside[ride] = stream
@@ -284,9 +301,9 @@ class Scheduler:
         if ride.error is None:
             ride.error = error or ClosedError("this ride has ended")
         self._rides.discard(ride)
-        self._withdraw(ride, ride.sweep)
-        if ride.sweep.started.is_set():
-            self._withdraw(ride, ride.sweep.next)
+        self._withdraw(ride, sweep := ride.sweep)
+        while sweep.started.is_set():  # rides that are ahead of this one may have begun later ones, with it
+            self._withdraw(ride, sweep := sweep.next)
         ride.sweep = Sweep(())  # a sweep holds those after it: who keeps the ride keeps none
 
     def close(self) -> None:
@@ -296,7 +313,8 @@ class Scheduler:
             for use in ride.sweep.uses:
                 use.error = use.error or ClosedError("the layer stream has been closed")
                 use.enqueued.set()
-                use.over.set()
+                if use.before is not None:
+                    use.before.over.set()
             self.leave(ride, ClosedError("the layer stream has been closed"))
 
     def _start_sweep(self, sweep: Sweep) -> None:
@@ -320,7 +338,8 @@ class Scheduler:
         if self._closed:
             raise ClosedError("the layer stream has been closed")
 
-    def _check_ride(self, ride: Ride) -> None:
+    def check(self, ride: Ride) -> None:
+        """Raises why a ride has no place any more, if it has none."""
         if ride.error is not None:
             raise ride.error
         self._check_open()

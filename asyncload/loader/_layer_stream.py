@@ -46,7 +46,6 @@ from asyncload.threads import LoopHandle, Threads
 
 __all__ = ["LayerRide", "LayerStream", "StreamRequest"]
 
-_WAITERS: Final = 2  # threads that wait for events: for the end of work, and for arrivals
 _HOST_SHARE: Final = 0.5  # of the host memory that can be had: what streams stays there if it takes no more
 
 
@@ -76,6 +75,16 @@ class LayerRide:
         Raises what fetching the layer has raised, ``StalledError`` if the ride was left behind, ``ClosedError`` after
         the end.
         """
+        try:
+            return await self._step()
+        except BaseException as error:
+            if isinstance(error, Exception):  # and no cancellation, after which the same layer comes
+                self._position = 0
+            if self._once:  # not when it is collected: the error's traceback may keep it
+                self.close()
+            raise
+
+    async def _step(self) -> Layer:
         await anyio.lowlevel.checkpoint()
         if self._last is not None:
             self._last.skip()
@@ -84,18 +93,11 @@ class LayerRide:
         if self._position < len(layers.order):
             number = layers.order[self._position]
         use: Use | None = None
-        try:
-            if number is None or number not in layers.resident:
-                use = await layers.step(self._ride)
-        except Exception:
-            self._position = 0
-            if self._once:
-                self.close()
-            raise
+        if number is None or number not in layers.resident:
+            use = await layers.scheduler.step(self._ride, arrived=layers.wait_for_arrival)
+        else:
+            layers.scheduler.check(self._ride)
         if number is None:
-            self._position = 0
-            if self._once:
-                self.close()
             raise StopAsyncIteration
         self._position += 1
         self._last = layers.make(number, self._ride, use)
@@ -126,14 +128,7 @@ class _Layers:
         self.order = list(plan.layers)
         self.resident = {number: model.layers[number] for number in plan.resident}
         self.loop = LoopHandle()
-        self.wait_for_arrival = engine.device.info.kind == "host"
-
-    async def step(self, ride: Ride) -> Use | None:
-        """The next layer that streams; on the host device, where work needs no stream, once it has arrived."""
-        use = await self.scheduler.step(ride)
-        if use is not None and self.wait_for_arrival:
-            await self.scheduler.settle(use.fed.arrived)
-        return use
+        self.wait_for_arrival = engine.device.info.kind == "host"  # where work needs no stream
 
     async def last_pass(self) -> PassStats:
         """The last sweep's figures."""
@@ -224,7 +219,10 @@ class LayerStream:
             names = [tensor.info.name for tensor in plan.load.tensors]
             model = await load_model(engine, Request(path=self._request.path, dtype=self._request.dtype, select=names))
             stack.callback(model.close)
-            waiters = Threads(_WAITERS, "asyncload-layers-wait", nice=engine.options.nice)
+            if plan.breakdown["scratch"]:  # of that load, before the layers have theirs
+                await engine.callers.run(engine.tracker.flush)
+            # The work in each slot may be waited for, and arrivals beside it.
+            waiters = Threads(plan.slots + 1, "asyncload-layers-wait", nice=engine.options.nice)
             stack.push_async_callback(engine.callers.run, waiters.close)
             slots = _SlotList()
             stack.callback(slots.clear)
@@ -274,14 +272,15 @@ class LayerStream:
         self, stack: AsyncExitStack, engine: Engine, layers: Sequence[LayerPlan], opened: OpenedModel
     ) -> FileFeed | SlabFeed:
         nbytes = sum(layer.upload_nbytes for layer in layers)
+        decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)
         host = self._request.host
-        if host == "file" or (host == "auto" and nbytes > _HOST_SHARE * await engine.callers.run(_available_memory)):
-            return FileFeed(engine, opened.sources)
-        made: list[SlabFeed] = []  # where it is found, also if this is cancelled
+        made: list[FileFeed | SlabFeed] = []  # where it is found, also if this is cancelled
 
         def open_feed() -> None:
-            decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)
-            made.append(SlabFeed(engine, Slabs(engine, layers), decodes=decodes))
+            if host == "file" or (host == "auto" and nbytes > _HOST_SHARE * _available_memory()):
+                made.append(FileFeed(engine, opened.sources, decodes=decodes))
+            else:
+                made.append(SlabFeed(engine, Slabs(engine, layers), decodes=decodes))
 
         def close() -> None:
             for feed in made:
@@ -289,8 +288,10 @@ class LayerStream:
 
         stack.push_async_callback(engine.callers.run, close)
         await engine.callers.run(open_feed)
-        await made[0].fill(opened.sources)
-        return made[0]
+        feed = made[0]
+        if isinstance(feed, SlabFeed):
+            await feed.fill(opened.sources)
+        return feed
 
     @property
     def header(self) -> Header:

@@ -14,30 +14,12 @@ import pytest
 
 from asyncload.device import Event, HostDevice
 from asyncload.device._host_stream import HostStream
-from asyncload.gguf import GGMLType
 from asyncload.layers import Layer
 from asyncload.loader import Loader
-from asyncload.options import Options
-from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
+from tests.layers.models import SMALL, Content, finish, layers_only, make_model
 
 pytestmark = pytest.mark.anyio
-SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
-Content = dict[str, bytes]
-
-
-async def make_model(path: Path, layers: int, *, uneven: bool) -> tuple[Path, Content]:
-    """Layers of two tensors each, sizes that differ if they are to be uneven."""
-    tensors: dict[str, Any] = {"token_embd.weight": (GGMLType.Q8_0, (8, 32), random_blocks(GGMLType.Q8_0, 8, 0).data)}
-    for layer in range(layers):
-        rows = 64 * (1 + (layer * 7) % 5 if uneven else 3)
-        for number, name in enumerate(("attn_q", "ffn_down")):
-            packed = random_blocks(GGMLType.Q8_0, rows * 4, seed=10 * layer + number)
-            tensors[f"blk.{layer}.{name}.weight"] = (GGMLType.Q8_0, (rows, 128), packed.data)
-    await run_in_thread(write_gguf, path, tensors)
-    async with Loader("host", options=SMALL) as loader:
-        model = await loader.load(path, dtype="f16")
-        return path, {name: tensor.numpy().tobytes() for name, tensor in model.items()}
 
 
 class Consumer:
@@ -111,16 +93,6 @@ async def sweep(device: RaceDevice, path: Path, *, slots: int, sweeps: int = 3, 
             seen.append(consumer.seen)
         await run_in_thread(stream.close)
     return seen
-
-
-def finish(device: HostDevice, stream: HostStream) -> None:
-    """Waits for a stream's work."""
-    device.attach()
-    stream.record().synchronize()
-
-
-def layers_only(content: Content) -> Content:
-    return {name: data for name, data in content.items() if name.startswith("blk.")}
 
 
 @pytest.mark.parametrize("slabs", [True, False])
