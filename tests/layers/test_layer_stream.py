@@ -444,7 +444,7 @@ async def test_a_stream_cancelled_at_any_moment(six_layers: Six, nothing_left: A
             async with open_stream(loader, six_layers[0], host=host) as layers:
                 await sweep(layers)
 
-        for _ in range(30):
+        for _ in range(20):
             pause = rng.random() * 0.03
             async with anyio.create_task_group() as group:
                 group.start_soon(consume)
@@ -701,8 +701,9 @@ async def test_no_more_is_taken_than_the_plan_says(
             return allocation
 
         monkeypatch.setattr(tracker, "allocate", watched)
+        stream = device.stream()
+        stream.call(lambda: time.sleep(0.03))  # behind which alone anything is freed
         async with open_stream(loader, six_layers[0], host=host, slots=slots, allow=[allow]) as layers:
-            stream = device.stream()
             for _ in range(3):
                 async for layer in layers:
                     with layer.on(stream):
