@@ -148,7 +148,8 @@ class Scheduler:
         """Fetches layers until it is cancelled."""
         slots, sweep, self._begin = cycle(self._slots), self._begin, None
         assert sweep is not None
-        async with anyio.create_task_group() as self._group:
+        async with anyio.create_task_group() as group:
+            self._group = group
             try:
                 while True:
                     await self._fetch(sweep, slots)
