@@ -130,7 +130,7 @@ class Scheduler:
         self._layers = layers
         self._slots = slots
         self._feed = feed
-        self._settle = settle
+        self.settle = settle
         self._record = record
         self._rides: set[Ride] = set()
         self._feeding = anyio.Semaphore(_FEEDS)
@@ -216,7 +216,7 @@ class Scheduler:
         if use.before is not None:
             await use.before.over.wait()
         try:
-            await self._settle(use.ended)
+            await self.settle(use.ended)
         except Exception as error:  # noqa: BLE001 - it is the consumer's, whose own stream reports it
             _log.warning("work on layer %d failed: %s", use.layer.number, error)
         use.over.set()
@@ -239,6 +239,7 @@ class Scheduler:
             if use.inside.pop(ride, None) is not None:
                 use.ended.append(ended)
         self.leave(ride, error)
+        self._check(use)  # the ride may have left before, for another layer that it kept
 
     # The rides: on the event loop, from any task
 
@@ -279,7 +280,7 @@ class Scheduler:
 
     async def _await_arrival(self, use: Use) -> None:
         try:
-            await self._settle(use.fed.arrived)
+            await self.settle(use.fed.arrived)
         except Exception as error:  # noqa: BLE001 - the rides raise it
             use.error = use.error or error
 
