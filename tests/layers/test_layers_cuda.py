@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,31 +30,46 @@ def kernel() -> Iterator[SleepingKernel]:
     kernel.close()
 
 
+ROOM = 64 << 20  # bytes: more than a sweep reads
+
+
 class Reader:
     """Copies layers back to the host, by a stream and into pinned memory, so that nothing but the stream waits."""
 
     def __init__(self, device: CudaDevice, stream: Any) -> None:
+        """Blocks."""
+        device.attach()
         self._device = device
         self.stream: Any = stream
         self._download: CudaStream = device.adopt(stream)
-        self._copies: list[tuple[str, Any]] = []
+        self._staging = device.staging(ROOM)
+        self._copies: list[tuple[str, int, int]] = []
+        self._used = 0
 
     def read(self, layer: Layer) -> None:
         """Enqueues the copies; inside of the layer's block."""
         for tensor in layer.values():
-            staging = self._device.staging(tensor.nbytes)
-            self._copies.append((tensor.name, staging))
-            self._download.download(staging.address, tensor.address, tensor.nbytes)
+            self._download.download(self._staging.address + self._used, tensor.address, tensor.nbytes)
+            self._copies.append((tensor.name, self._used, tensor.nbytes))
+            self._used += tensor.nbytes
 
     def content(self) -> Content:
         """What was read since the last call, once it has come; blocks."""
         finish(self._device, self._download)
-        found: Content = {}
-        for name, staging in self._copies:
-            found[name] = ctypes.string_at(staging.address, staging.nbytes)
-            staging.close()
+        found = {name: bytes(self._staging.view[at : at + nbytes]) for name, at, nbytes in self._copies}
         self._copies.clear()
+        self._used = 0
         return found
+
+    def sleep(self, kernel: SleepingKernel) -> None:
+        """Lets the stream sleep for a little; blocks."""
+        self._device.attach()
+        with kernel.asleep(self.stream, seconds=0.002):
+            pass
+
+    def close(self) -> None:
+        """Gives the memory back; blocks."""
+        self._staging.close()
 
 
 def cuda(device: Device) -> CudaDevice:
@@ -72,23 +86,19 @@ async def test_every_byte_of_every_sweep(
     path, expected = await make_model(tmp_path / "model.gguf", 7, uneven=True, dtype=dtype)
     async with Loader("cuda:0", options=SMALL) as loader:
         async with open_stream(loader, path, dtype=dtype, slots=slots, host=host) as layers:
-            reader = Reader(cuda(loader.device), kernel.stream())
+            reader = await run_in_thread(Reader, cuda(loader.device), kernel.stream())
             for _ in range(3):
                 async for layer in layers:
                     with layer.on(reader.stream):
                         # Slow work: what comes next is enqueued while this kernel sleeps.
-                        await run_in_thread(sleep, kernel, reader.stream)
+                        await run_in_thread(reader.sleep, kernel)
                         reader.read(layer)
                 assert await run_in_thread(reader.content) == layers_only(expected)
+            await run_in_thread(reader.close)
             found = loader.tracker.by_purpose()
             assert {name: size for name, size in found.items() if size > layers.plan.breakdown[name]} == {}
         await run_in_thread(loader.tracker.flush)
         assert loader.tracker.by_purpose().get(Purpose.SLOTS, 0) == loader.tracker.total == 0
-
-
-def sleep(kernel: SleepingKernel, stream: Any) -> None:
-    with kernel.asleep(stream, seconds=0.002):
-        pass
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -101,7 +111,7 @@ async def test_as_many_layers_as_slots_are_handed_out_while_work_is_under_way(
         Loader("cuda:0", options=SMALL) as loader,
         open_stream(loader, path, dtype="bf16", slots=slots, host=host) as layers,
     ):
-        reader, ride = Reader(cuda(loader.device), kernel.stream()), layers.join()
+        reader, ride = await run_in_thread(Reader, cuda(loader.device), kernel.stream()), layers.join()
         with ExitStack() as asleep:
             sleeping = asleep.enter_context(kernel.asleep(reader.stream))
             with anyio.fail_after(30):
@@ -118,6 +128,7 @@ async def test_as_many_layers_as_slots_are_handed_out_while_work_is_under_way(
             with layer.on(reader.stream):
                 reader.read(layer)
         assert await run_in_thread(reader.content) == layers_only(expected)
+        await run_in_thread(reader.close)
 
 
 async def test_work_needs_a_stream(tmp_path: Path) -> None:
