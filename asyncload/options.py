@@ -113,6 +113,11 @@ class Options:
         """How many staging buffers the budget gives, once both sizes stand."""
         return self.staging // self.chunk_size if self.chunk_size else 0
 
+    @property
+    def scratch(self) -> int:
+        """Bytes in which a device decodes, a chunk for each stream, once the chunk's size stands."""
+        return self.streams * self.chunk_size
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
         """Reads ``ASYNCLOAD_CHUNK_SIZE=64MiB`` and its like; what is not set keeps its default.

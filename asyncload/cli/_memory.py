@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from asyncload.cli._request import dtype_spec, options_with
-from asyncload.cli._run import run
+from asyncload.cli._request import dtype_spec, read_for
 from asyncload.cli.text import plain, table
 from asyncload.options import DecodeOption, format_size
 
@@ -34,17 +32,13 @@ def show_memory(
 
     The device need not be there. ``free`` in bytes; ``settings`` are further arguments of ``plan_memory``.
     """
-    from asyncload.device import default_device, parse_device
-    from asyncload.loader import read_header
     from asyncload.plan import plan_memory
 
-    device = device or default_device()
-    kind, _ = parse_device(device)
-    options = options_with(decode)
+    header, device, kind, options = read_for(file, device, decode)
     if mode != "auto":
         settings = {**settings, "allow": (mode,)}
     made = plan_memory(
-        run(partial(read_header, file, strict=options.strict)),
+        header,
         free=free,
         dtype=dtype_spec(dtypes),
         device=kind,

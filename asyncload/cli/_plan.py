@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from asyncload.cli._request import dtype_spec, options_with
-from asyncload.cli._run import run
+from asyncload.cli._request import dtype_spec, read_for
 from asyncload.cli.text import plain, table
 from asyncload.options import DecodeOption, format_size
 
@@ -33,22 +31,18 @@ def plan(
     Raises what ``read_header``, ``parse_device`` and ``plan_load`` raise. The device need not be there. ``dtypes`` are
     pairs of a pattern, or None for the rest, and a dtype.
     """
-    from asyncload.device import default_device, parse_device
-    from asyncload.loader import read_header
     from asyncload.plan import Decode, plan_load
 
-    device = device or default_device()
-    kind, _ = parse_device(device)
-    options = options_with(decode).suited_to(kind)
+    header, device, kind, options = read_for(file, device, decode)
     made = plan_load(
-        run(partial(read_header, file, strict=options.strict)),
+        header,
         dtype=dtype_spec(dtypes),
         select=select,
         chunk_size=options.chunk_size,
         decode=options.decode,
         device=kind,
     )
-    scratch = options.streams * options.chunk_size if made.kernels(Decode.DEVICE) else 0
+    scratch = options.scratch if made.kernels(Decode.DEVICE) else 0
     shown = _Shown(file, device, options.decode, made, scratch)
     print(json.dumps(shown.as_dict(), indent=2, ensure_ascii=False) if as_json else shown.render())
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 import anyio
 
 from asyncload.device import StagingMemory
 from asyncload.pipeline import Engine, read_patiently
-from asyncload.plan import Decode, LayerPlan, TensorPlan
+from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, TensorPlan
 from asyncload.quant import decode
 from asyncload.source import BlockingSource, Source, check_read
 
 __all__ = ["Slabs", "places"]
-
-_ALIGNMENT: Final = 256  # bytes: of tensors in a slab, as in a slot
 
 
 class Slabs:
@@ -35,11 +32,6 @@ class Slabs:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory that all of them take."""
-        return sum(memory.nbytes for memory in self._memory.values())
 
     def __getitem__(self, layer: int) -> StagingMemory:
         """A layer's slab."""
@@ -110,9 +102,12 @@ class _Piece:
 
 
 def places(layer: LayerPlan) -> Iterator[tuple[TensorPlan, int, int]]:
-    """A layer's tensors with their offsets in its slab, and what each takes there."""
+    """A layer's tensors with their offsets in its slab, and what each takes there.
+
+    They are aligned as in a slot, so that a layer which nobody decodes behind the bus is one copy.
+    """
     offset = 0
     for tensor, _ in layer.placed:
-        size = -(-tensor.upload_nbytes // _ALIGNMENT) * _ALIGNMENT
+        size = -(-tensor.upload_nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
         yield tensor, offset, size
         offset += size

@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup
 
 from asyncload.device import Event, Stream
 from asyncload.errors import ClosedError
-from asyncload.gguf import GGMLType, Header
+from asyncload.gguf import Header
 from asyncload.layers import (
     FileFeed,
     Layer,
@@ -41,7 +41,6 @@ from asyncload.model import Model, Tensor
 from asyncload.options import Options
 from asyncload.pipeline import Engine
 from asyncload.plan import Decode, DtypeSpec, LayerPlan, Plan, plan_memory
-from asyncload.quant import DType
 from asyncload.threads import LoopHandle, Threads
 
 __all__ = ["LayerRide", "LayerStream", "StreamRequest"]
@@ -258,13 +257,10 @@ class LayerStream:
                 **self._request.memory,
             )
 
-        def kernels(decode: Decode) -> set[tuple[GGMLType, DType]]:
-            return {(tensor.info.type, tensor.dtype) for tensor, _ in plan.tensors if tensor.decode is decode}
-
         plan = make(engine.options)
-        if not prepare_kernels(engine, kernels):
+        if not prepare_kernels(engine, plan.kernels):
             plan = make(replace(engine.options, decode="host"))
-            prepare_kernels(engine, kernels)
+            prepare_kernels(engine, plan.kernels)
         plan.load.check_sources([source.size for source in opened.sources])
         return plan
 

@@ -12,7 +12,8 @@ from asyncload.options import DecodeOption, DeviceKind
 from asyncload.plan._chunks import Chunk, cut_chunks
 from asyncload.plan._select import Selection, match_names, select_tensors
 from asyncload.plan._tensor import Decode, TensorPlan
-from asyncload.quant import DType, can_decode, cuda, native_dtype, refusal
+from asyncload.quant import DType, can_decode, native_dtype, refusal
+from asyncload.quant.cuda import ALIGNMENT
 
 __all__ = ["PACKED", "DtypeSpec", "LoadPlan", "all_kernels", "plan_load"]
 
@@ -99,17 +100,9 @@ def all_kernels(dtypes: Iterable[str], *, decode: DecodeOption, device: DeviceKi
     Raises ``OptionsError`` for a dtype that nothing is decoded to.
     """
     parsed = [_parse_decoded(text) for text in dtypes]
-    kernels: dict[Decode, set[Pair]] = {Decode.DEVICE: set(), Decode.HOST: set()}
-    by_device = cuda.can_decode if device == "cuda" else can_decode
-    for pair in product(GGMLType, parsed):
-        if native_dtype(pair[0]) is pair[1]:
-            continue
-        if decode == "device" or (decode, device) == ("auto", "cuda"):
-            if by_device(*pair):
-                kernels[Decode.DEVICE].add(pair)
-        elif can_decode(*pair):
-            kernels[Decode.HOST].add(pair)
-    return kernels
+    pairs = {pair for pair in product(GGMLType, parsed) if can_decode(*pair) and native_dtype(pair[0]) is not pair[1]}
+    place = Decode.DEVICE if _on_device(decode, device) else Decode.HOST
+    return {Decode.DEVICE: set(), Decode.HOST: set(), place: pairs}
 
 
 def _wanted_dtypes(header: Header, spec: DtypeSpec) -> dict[str, DType | None]:
@@ -141,21 +134,26 @@ def _parse_decoded(text: object) -> DType:
 
 def _place(info: TensorInfo, dtype: DType, option: DecodeOption, device: DeviceKind, *, aligned: bool) -> Decode:
     """Where a tensor is decoded to a dtype; raises where that cannot be done."""
-    by_device = (cuda.can_decode if device == "cuda" else can_decode)(info.type, dtype)
-    on_device = option == "device" or (option == "auto" and device == "cuda" and by_device and aligned)
-    if not (by_device if on_device else can_decode(info.type, dtype)):
+    if not can_decode(info.type, dtype):
         raise UnsupportedQuantError(
             f"{info.name}: {refusal(info.type, dtype)}; dtype='packed' loads its blocks as they are",
             tensor=info.name,
             type=info.type.name,
             dtype=str(dtype),
         )
-    if on_device and not aligned:
+    if not _on_device(option, device):
+        return Decode.HOST
+    if not aligned and option == "device":
         raise TargetError(
-            f"{info.name}: the device decodes into buffers aligned to {cuda.ALIGNMENT} bytes; decode='auto' takes any",
+            f"{info.name}: the device decodes into buffers aligned to {ALIGNMENT} bytes; decode='auto' takes any",
             tensor=info.name,
         )
-    return Decode.DEVICE if on_device else Decode.HOST
+    return Decode.DEVICE if aligned else Decode.HOST
+
+
+def _on_device(option: DecodeOption, device: DeviceKind) -> bool:
+    """Whether the device decodes what it can, as far as that is a setting's matter."""
+    return option == "device" or (option, device) == ("auto", "cuda")
 
 
 def _plan_tensor(info: TensorInfo, dtype: DType | None, place: Callable[[TensorInfo, DType], Decode]) -> TensorPlan:

@@ -9,15 +9,16 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from asyncload.errors import DoesNotFitError, OptionsError
-from asyncload.gguf import Header
+from asyncload.gguf import GGMLType, Header
 from asyncload.options import DeviceKind, Options, format_size
 from asyncload.plan._fit import fit, least
 from asyncload.plan._load import PACKED, DtypeSpec, LoadPlan
 from asyncload.plan._needs import MODES, Mode, Needs, Request, count_needs
 from asyncload.plan._shape import ModelShape
 from asyncload.plan._suggest import suggest
-from asyncload.plan._tensor import TensorPlan
+from asyncload.plan._tensor import Decode, TensorPlan
 from asyncload.plan._weights import LayerPlan, PrefillDtype
+from asyncload.quant import DType
 
 __all__ = ["Placement", "Plan", "plan_memory"]
 
@@ -80,6 +81,11 @@ class Plan:
     def sweep_nbytes(self) -> int:
         """Bytes that cross the bus each time that all layers are computed."""
         return sum(self.layers[number].upload_nbytes for number in self.streamed)
+
+    def kernels(self, decode: Decode) -> set[tuple[GGMLType, DType]]:
+        """The pairs of type and dtype that are decoded at one of the places, in the load or in sweeps."""
+        plans = (self.always, *(layer.load for layer in self.layers.values()))
+        return {pair for plan in plans for pair in plan.kernels(decode)}
 
     @property
     def tensors(self) -> tuple[tuple[TensorPlan, Placement], ...]:

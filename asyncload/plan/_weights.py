@@ -16,12 +16,12 @@ from asyncload.plan._load import PACKED, DtypeSpec, LoadPlan, plan_load
 from asyncload.plan._shape import ModelShape
 from asyncload.plan._tensor import Decode, TensorPlan
 
-__all__ = ["LayerPlan", "PrefillDtype", "Weights", "count_weights", "prefill_copy"]
+__all__ = ["SLOT_ALIGNMENT", "LayerPlan", "PrefillDtype", "Weights", "count_weights", "prefill_copy"]
 
 PrefillDtype = Literal["fp8", "fp16"]
 
 # What cudaMalloc aligns to at least, so that kernels find a tensor in a slot as they find one in its own allocation.
-_ALIGNMENT: Final = 256
+SLOT_ALIGNMENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def count_weights(
         layers=MappingProxyType(
             {number: _layer(number, LoadPlan(tuple(layers[number]), plan.chunk_size), prefill) for number in layers}
         ),
-        scratch=options.streams * options.chunk_size if plan.kernels(Decode.DEVICE) else 0,
+        scratch=options.scratch if plan.kernels(Decode.DEVICE) else 0,
     )
 
 
@@ -121,4 +121,4 @@ def _of_shape(shape: ModelShape, prefill: PrefillDtype | None) -> Weights:
 
 
 def _align(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT

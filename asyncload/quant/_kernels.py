@@ -37,13 +37,9 @@ from asyncload.quant._vector import I8, I64, ir
 
 __all__ = ["DECODERS", "KERNEL", "processor", "signature"]
 
+_FAMILIES: Final = (_floats, _legacy, _kquants, _iquants, _ternary, _fp4)
 DECODERS: Final[dict[GGMLType, Decoder]] = {
-    **_floats.DECODERS,
-    **_legacy.DECODERS,
-    **_kquants.DECODERS,
-    **_iquants.DECODERS,
-    **_ternary.DECODERS,
-    **_fp4.DECODERS,
+    type_: decoder for family in _FAMILIES for type_, decoder in family.DECODERS.items()
 }
 
 # Numba carries no types.
@@ -51,18 +47,7 @@ _nb: Any = numba
 _extending: Any = numba.extending
 _registry: Any = numba.core.registry
 
-_SOURCES: Final = (
-    _block,
-    _floats,
-    _fp4,
-    _iquants,
-    _kquants,
-    _legacy,
-    _rounding,
-    _tables,
-    _ternary,
-    _vector,
-)
+_SOURCES: Final = (*_FAMILIES, _block, _rounding, _tables, _vector)
 _BULK: Final = 32  # weights of a plain float type that are decoded at a time
 _LEVELS: Final = {  # of the psABI's processor levels
     "x86-64-v2": {"ssse3"},
