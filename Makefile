@@ -4,14 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NATIVE := build/native
 
-.PHONY: help setup demo test sanitize check format bench clean
+# No falling back to the Python engine: where the C++ engine does not build or import, these targets fail.
+export ASYNCLOAD_REQUIRE_NATIVE = 1
+
+.PHONY: help setup native demo test sanitize check format bench clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
-setup: $(READY) ## the virtual environment with everything for development
+setup: native ## the virtual environment with everything for development
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,10 +23,17 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(READY) ## fetch a real model, load it, check its values
+native: $(READY) ## the C++ engine, compiled into asyncload_native/
+	$(BIN)/cmake --log-level=WARNING -S asyncload_native -B $(NATIVE) -G Ninja \
+		-D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -D Python_EXECUTABLE=$(abspath $(BIN)/python) \
+		-D CMAKE_COMPILE_WARNING_AS_ERROR=ON
+	$(BIN)/cmake --build $(NATIVE)
+	$(BIN)/cmake --install $(NATIVE) --prefix . >/dev/null
+
+demo: native ## fetch a real model, load it, check its values
 	$(BIN)/python -m bench.demo
 
-test: $(READY) ## all tests
+test: native ## all tests
 	$(BIN)/python -m pytest
 
 sanitize: $(READY) ## the CUDA kernels under compute-sanitizer: needs a GPU and the CUDA toolkit
@@ -31,7 +42,7 @@ sanitize: $(READY) ## the CUDA kernels under compute-sanitizer: needs a GPU and 
 		compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -o timeout=0 -k any_number \
 		tests/quant/cuda/test_cuda_decode.py || exit 1; done
 
-check: $(READY) ## format, lint, types, import contracts, docs
+check: native ## format, lint, types, import contracts, docs
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -43,7 +54,7 @@ format: $(READY) ## put format and imports in order
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(READY) ## the benchmarks, at a size for a laptop
+bench: native ## the benchmarks, at a size for a laptop
 	for name in start load overlap latency chunks memory dequant; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean: ## remove everything that was made here
