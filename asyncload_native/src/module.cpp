@@ -1,12 +1,168 @@
 // The only file that knows Python: what the engine gives, as `asyncload_native._native`.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "build_info.h"
+#include "engine.h"
+#include "file.h"
+#include "host_device.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace asyncload {
+namespace {
+
+using Words = nb::ndarray<const std::uint64_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const std::uint64_t, nb::numpy, nb::shape<-1, 10>, nb::c_contig, nb::device::cpu>;
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+std::vector<TensorWork> read_table(const Table& table) {
+    std::vector<TensorWork> tensors;
+    tensors.reserve(table.shape(0));
+    for (std::size_t row = 0; row < table.shape(0); ++row) {
+        const std::uint64_t* const column = &table(row, 0);
+        tensors.push_back({
+            .file = static_cast<std::uint32_t>(column[0]),
+            .offset = column[1],
+            .nbytes = column[2],
+            .target_nbytes = column[3],
+            .decode = static_cast<Decode>(column[4]),
+            .block_nbytes = static_cast<std::uint32_t>(column[5]),
+            .decoded_block_nbytes = static_cast<std::uint32_t>(column[6]),
+            .kernel = {column[7], static_cast<std::uint32_t>(column[8])},
+            .skip = column[9] != 0,
+        });
+    }
+    return tensors;
+}
+
+std::vector<std::uint64_t> words(const Words& array) { return {array.data(), array.data() + array.shape(0)}; }
+
+void bind_errors(nb::module_& module) {
+    static nb::object device_error = nb::exception<DeviceError>(module, "DeviceError", PyExc_RuntimeError);
+    nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+        try {
+            std::rethrow_exception(pointer);
+        } catch (const DeviceError& error) {
+            PyErr_SetObject(device_error.ptr(), nb::make_tuple(error.what(), error.code()).ptr());
+        } catch (const ReadError& error) {
+            PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.error_number, error.what()).ptr());
+        }
+    });
+}
+
+void bind_devices(nb::module_& module) {
+    nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.");
+    nb::class_<HostDevice, Device>(module, "HostDevice", "Host memory, with a thread for each stream.")
+        .def(nb::init<>())
+        .def(
+            "set_pace",
+            [](HostDevice& device, double bandwidth, double latency, bool poison, std::vector<std::uint64_t> failing) {
+                device.set_pace({bandwidth, latency, poison, std::move(failing)});
+            },
+            "bandwidth"_a, "latency"_a, "poison"_a, "failing"_a,
+            "Sets bytes a second of all copies (0: as memory is) and seconds before each, whether what is free is\n"
+            "overwritten, and which copies fail, by their numbers from 1 and from now on.");
+}
+
+void bind_job(nb::module_& module) {
+    nb::class_<File>(module, "File", "A file held open.")
+        .def_static("open", &File::open, "path"_a, Release(), "Opens a regular file; raises OSError.")
+        .def_prop_ro("size", &File::size);
+
+    nb::enum_<Failure::Kind>(module, "FailureKind", "What failed.")
+        .value("READ", Failure::Kind::read)
+        .value("ENDED", Failure::Kind::ended)
+        .value("CHANGED", Failure::Kind::changed)
+        .value("COPY", Failure::Kind::copy)
+        .value("DECODE", Failure::Kind::decode)
+        .value("DEVICE", Failure::Kind::device);
+    nb::class_<Failure>(module, "Failure", "Why a job ended early.")
+        .def_ro("kind", &Failure::kind)
+        .def_ro("tensor", &Failure::tensor)
+        .def_ro("file", &Failure::file)
+        .def_ro("offset", &Failure::offset)
+        .def_ro("error_number", &Failure::error_number)
+        .def_ro("code", &Failure::code)
+        .def_ro("what", &Failure::what);
+    nb::class_<Times>(module, "Times", "Where a job's time went, in seconds and bytes.")
+        .def_ro("read", &Times::read)
+        .def_ro("decode", &Times::decode)
+        .def_ro("upload", &Times::upload)
+        .def_ro("read_nbytes", &Times::read_nbytes)
+        .def_ro("decoded_nbytes", &Times::decoded_nbytes)
+        .def_ro("uploaded_nbytes", &Times::uploaded_nbytes)
+        .def_ro("retries", &Times::retries);
+    nb::class_<Job::News>(module, "News", "What has happened to a job.")
+        .def_ro("landed", &Job::News::landed, "The tensors that have landed since it was last asked, by their index.")
+        .def_ro("moved", &Job::News::moved, "The bytes of tensors that have.")
+        .def_ro("ended", &Job::News::ended, "Whether nothing of it is under way any more.")
+        .def_ro("failure", &Job::News::failure, "Why it ended early, if it did.");
+    nb::enum_<Job::Wake>(module, "Wake", "When a job's descriptor becomes readable, beside its end.")
+        .value("END", Job::Wake::end)
+        .value("TENSOR", Job::Wake::tensor)
+        .value("CHUNK", Job::Wake::chunk);
+    nb::class_<Job>(module, "Job", "One load.")
+        .def(
+            "__init__",
+            [](Job* job, std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
+               Job::Wake wake, bool to_host) {
+                new (job) Job({files.begin(), files.end()}, read_table(tensors), chunk_size, wake, to_host);
+            },
+            "files"_a, "tensors"_a, "chunk_size"_a, "wake"_a, "to_host"_a,
+            "Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, where it\n"
+            "is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, blocks\n"
+            "for each of its groups, whether it is skipped. Raises ValueError if a block does not fit a chunk.")
+        .def_prop_ro("descriptor", &Job::descriptor, "An eventfd that is readable when there is news.")
+        .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
+        .def("poll", &Job::poll, "What has happened since it was last asked.")
+        .def("times", &Job::times, "Where its time went, until now.");
+}
+
+void bind_engine(nb::module_& module) {
+    nb::class_<Engine>(module, "Engine", "Threads that read, decode and copy.")
+        .def(
+            "__init__",
+            [](Engine* engine, std::shared_ptr<Device> device, Address ring, std::uint64_t chunk_size,
+               std::uint32_t threads, std::uint32_t buffers, int nice, std::uint32_t retries, double retry_delay) {
+                const nb::gil_scoped_release release;
+                new (engine) Engine(std::move(device), pointer(ring),
+                                    {chunk_size, threads, buffers, nice, retries, retry_delay});
+            },
+            "device"_a, "ring"_a, "chunk_size"_a, "threads"_a, "buffers"_a, "nice"_a, "retries"_a, "retry_delay"_a,
+            "Starts the threads, over a ring of staging buffers that outlives them.")
+        .def(
+            "submit",
+            [](Engine& engine, std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::uint64_t> after) {
+                engine.submit(std::move(job), std::move(scratch), std::move(after));
+            },
+            "job"_a, "scratch"_a, "after"_a,
+            "Has a job moved as far as it is admitted; streams wait for the events ``after`` before, on the device.")
+        .def(
+            "admit",
+            [](Engine& engine, Job& job, std::uint32_t groups, std::size_t first, const Words& targets) {
+                engine.admit(job, groups, first, words(targets));
+            },
+            "job"_a, "groups"_a, "first"_a, "targets"_a,
+            "Lets the groups below a number be moved, for which the addresses from tensor ``first`` on are given.")
+        .def("cancel", &Engine::cancel, "job"_a, "Has a job end as soon as nothing of it is under way.")
+        .def("close", &Engine::close, Release(), "Ends all jobs and the threads; blocks.");
+}
+
+}  // namespace
+}  // namespace asyncload
 
 NB_MODULE(_native, module) {
     module.doc() = "The data path of asyncload in C++ threads, which never need the interpreter lock.";
     module.attr("version") = asyncload::version();
     module.attr("compiler") = asyncload::compiler();
+    asyncload::bind_errors(module);
+    asyncload::bind_devices(module);
+    asyncload::bind_job(module);
+    asyncload::bind_engine(module);
 }

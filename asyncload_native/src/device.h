@@ -1,0 +1,77 @@
+// What the engine asks of a device: streams, copies, decoding kernels, events. A file for each kind implements it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+namespace asyncload {
+
+// A place in a device's memory; on the host device, and of host memory, an address of this process.
+using Address = std::uint64_t;
+
+inline std::byte* pointer(Address address) { return reinterpret_cast<std::byte*>(address); }
+
+// The device refused, or work enqueued on it failed; `code` is the driver's name for it, empty where there is none.
+class DeviceError : public std::runtime_error {
+public:
+    DeviceError(const std::string& what, std::string code) : std::runtime_error(what), code_(std::move(code)) {}
+    const std::string& code() const noexcept { return code_; }
+
+private:
+    std::string code_;
+};
+
+// A kernel that decodes blocks on a device: for CUDA a CUkernel and how many blocks a group of threads decodes, for the
+// host a function (see `HostKernel`).
+struct Kernel {
+    std::uint64_t handle;
+    std::uint32_t blocks_per_group;
+};
+
+// Decodes `count` blocks; returns 1 for success. A Numba cfunc: it prints an exception and returns 0.
+using HostKernel = std::int32_t (*)(std::intptr_t source, std::intptr_t target, std::intptr_t count);
+
+// A point in a stream's work. Before it is recorded it counts as passed.
+class Event {
+public:
+    virtual ~Event() = default;
+    // Whether the work before it has ended. Raises `DeviceError` if that work failed.
+    virtual bool done() = 0;
+    // Sleeps until the work before it has ended. Raises `DeviceError` if that work failed.
+    virtual void synchronize() = 0;
+    // What other libraries know it by; 0 on the host device.
+    virtual std::uint64_t handle() const noexcept = 0;
+};
+
+// An ordered queue of work; its methods enqueue. It belongs to one thread at a time, which has attached to the device.
+class Stream {
+public:
+    virtual ~Stream() = default;  // waits for its work
+    // Copies host memory, registered with the device where it has that, which stays as it is until an event behind the
+    // copy has passed.
+    virtual void upload(Address target, const std::byte* source, std::size_t nbytes) = 0;
+    virtual void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) = 0;
+    virtual void wait(Event& event) = 0;
+    virtual void record(Event& event) = 0;
+    virtual std::uint64_t handle() const noexcept = 0;
+};
+
+class Device {
+public:
+    virtual ~Device() = default;
+    // Makes it the calling thread's; cheap when it is already.
+    virtual void attach() = 0;
+    virtual std::unique_ptr<Stream> open_stream() = 0;
+    virtual std::unique_ptr<Event> make_event(bool timing) = 0;
+    // An event of somebody else's, by its handle, that streams can wait for as long as its owner keeps it.
+    virtual std::unique_ptr<Event> adopt_event(std::uint64_t handle) = 0;
+    // Whether the host writes its memory as its own, and may do so instead of copying there.
+    virtual bool in_place() const noexcept = 0;
+    // Whether memory is to be overwritten once it is free, so that a late reader shows; for tests.
+    virtual bool poisons() const noexcept { return false; }
+};
+
+}  // namespace asyncload

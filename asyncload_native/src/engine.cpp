@@ -1,0 +1,354 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <utility>
+
+#include "threads.h"
+
+namespace asyncload {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::byte poison{0xA5};
+
+std::intptr_t address(const std::byte* bytes) { return reinterpret_cast<std::intptr_t>(bytes); }
+
+double since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+// Whether the host may write a tensor where it goes.
+bool writes_in_place(const Device& device, bool to_host) { return to_host || device.in_place(); }
+
+}  // namespace
+
+// A chunk on its way behind the buffer.
+struct Engine::Flight {
+    Task task;
+    Clock::time_point begin;  // of enqueuing
+    std::uint64_t nbytes;     // that leave the buffer
+    bool enqueued;            // the buffer is in use until the lane's event has passed
+    std::optional<Failure> failure;
+};
+
+// A staging buffer, and the event behind what was last enqueued from it.
+struct Engine::Lane {
+    std::span<std::byte> buffer;
+    std::unique_ptr<Event> event;
+    std::optional<Flight> flight;
+};
+
+class Engine::Worker {
+public:
+    Worker(Engine& engine, std::uint32_t index, std::byte* buffers, std::uint32_t count)
+        : engine_(engine), device_(*engine.device_), index_(index), stream_(device_.open_stream()) {
+        const std::uint64_t size = engine.options_.chunk_size;
+        for (std::uint32_t lane = 0; lane < count; ++lane)
+            lanes_.push_back({{buffers + lane * size, size}, device_.make_event(false), std::nullopt});
+    }
+
+    void run() {
+        name_thread("asyncload-worker");
+        lower_priority(engine_.options_.nice);
+        device_.attach();
+        for (;;) {
+            Lane& lane = lanes_[next_];
+            if (lane.flight) land(lane);
+            const bool idle = std::ranges::none_of(lanes_, [](const Lane& other) { return other.flight.has_value(); });
+            if (auto task = engine_.take(idle)) {
+                move(lane, std::move(*task));
+                next_ = (next_ + 1) % lanes_.size();
+            } else if (idle) {
+                return;
+            } else {
+                land_oldest();
+            }
+        }
+    }
+
+private:
+    // Brings a chunk on its way. Whatever happens, the engine hears of it once nothing of it is under way.
+    void move(Lane& lane, Task task) {
+        Job& job = *task.job;
+        const Chunk& chunk = *task.chunk;
+        const std::span segments(&job.cut_.segments[chunk.first_segment], chunk.n_segments);
+        const std::uint32_t tensor = segments.front().tensor;
+        Flight flight{task, {}, 0, false, std::nullopt};
+        try {
+            const auto bytes = place(lane, job, chunk, segments);
+            if (!read(job, chunk, bytes)) return engine_.report(task, End::given_up);
+            if (!decode(lane, job, segments))
+                flight.failure = describe(DeviceError("the decoding kernel failed", ""), Failure::Kind::decode, tensor);
+            else if (job.stopped_)
+                return engine_.report(task, End::given_up);
+            else
+                upload(lane, job, segments, bytes, flight);
+        } catch (const ReadError& error) {
+            flight.failure = describe(error, tensor, chunk.file);
+        } catch (const DeviceError& error) {
+            flight.failure = describe(error, Failure::Kind::copy, tensor);
+        }
+        if (!flight.enqueued) return land(std::move(flight));
+        try {
+            stream_->record(*lane.event);  // also after a failure: what was enqueued uses the buffer
+        } catch (const DeviceError& error) {
+            if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, tensor);
+        }
+        lane.flight = std::move(flight);
+    }
+
+    // Where a chunk is read to: the target, if it may be written there and lies in one piece, or else the buffer.
+    std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk, std::span<const Segment> segments) {
+        const Segment& segment = segments.front();
+        if (segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none &&
+            writes_in_place(device_, job.to_host_))
+            return {pointer(job.targets_[segment.tensor] + segment.target_offset), chunk.nbytes};
+        return lane.buffer.first(chunk.nbytes);
+    }
+
+    // Reads, as often as the options say where the reason of a failure may pass; false if the job is stopped meanwhile.
+    bool read(Job& job, const Chunk& chunk, std::span<std::byte> bytes) {
+        const auto begin = Clock::now();
+        for (std::uint32_t attempt = 0;; ++attempt) {
+            if (job.stopped_) return false;
+            try {
+                reader_->read(*job.files_[chunk.file], chunk.offset, bytes);
+                job.files_[chunk.file]->check_unchanged();
+                break;
+            } catch (const ReadError& error) {
+                if (!error.transient() || attempt == engine_.options_.retries) throw;
+            }
+            {
+                const std::lock_guard lock(job.mutex_);
+                ++job.times_.retries;
+            }
+            if (!engine_.pause(job, std::ldexp(engine_.options_.retry_delay, static_cast<int>(attempt)))) return false;
+        }
+        const std::lock_guard lock(job.mutex_);
+        job.times_.read += since(begin);
+        job.times_.read_nbytes += chunk.nbytes;
+        return true;
+    }
+
+    // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
+    // a kernel fails.
+    bool decode(const Lane& lane, Job& job, std::span<const Segment> segments) {
+        const auto begin = Clock::now();
+        std::uint64_t nbytes = 0;
+        for (const Segment& segment : segments) {
+            const TensorWork& tensor = job.tensors_[segment.tensor];
+            if (tensor.decode != Decode::host || segment.target_nbytes == 0) continue;
+            const auto function = reinterpret_cast<HostKernel>(tensor.kernel.handle);
+            std::byte* const target = writes_in_place(device_, job.to_host_)
+                                          ? pointer(job.targets_[segment.tensor] + segment.target_offset)
+                                          : &lane.buffer[segment.upload_offset];
+            if (function(address(&lane.buffer[segment.source_offset]), address(target),
+                         static_cast<std::intptr_t>(segment.source_nbytes / tensor.block_nbytes)) != 1)
+                return false;
+            nbytes += segment.target_nbytes;
+        }
+        if (nbytes == 0) return true;
+        const std::lock_guard lock(job.mutex_);
+        job.times_.decode += since(begin);
+        job.times_.decoded_nbytes += nbytes;
+        return true;
+    }
+
+    // Enqueues copies and kernels, or copies in place.
+    void upload(const Lane& lane, Job& job, std::span<const Segment> segments, std::span<std::byte> bytes,
+                Flight& flight) {
+        flight.begin = Clock::now();
+        if (!job.begun_[index_]) {
+            for (const std::uint64_t handle : job.after_) stream_->wait(*device_.adopt_event(handle));
+            job.begun_[index_] = true;
+        }
+        const bool in_place = writes_in_place(device_, job.to_host_);
+        for (const Segment& segment : segments) {
+            if (segment.target_nbytes == 0) continue;
+            const TensorWork& tensor = job.tensors_[segment.tensor];
+            const Address target = job.targets_[segment.tensor] + segment.target_offset;
+            const std::byte* const source = &lane.buffer[segment.upload_offset];
+            if (tensor.decode == Decode::device) {
+                const Address packed = job.scratch_[index_] + segment.source_offset;
+                flight.enqueued = true;
+                stream_->upload(packed, source, segment.upload_nbytes);
+                stream_->decode(tensor.kernel, packed, target,
+                                static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes));
+            } else if (!in_place) {
+                flight.enqueued = true;
+                stream_->upload(target, source, segment.upload_nbytes);
+            } else if (tensor.decode == Decode::none && bytes.data() == lane.buffer.data()) {
+                std::copy_n(source, segment.upload_nbytes, pointer(target));
+            }
+            flight.nbytes += segment.upload_nbytes;
+        }
+    }
+
+    // Waits for a lane's work, and reports it.
+    void land(Lane& lane) {
+        Flight flight = std::move(*lane.flight);
+        lane.flight.reset();
+        try {
+            lane.event->synchronize();
+        } catch (const DeviceError& error) {
+            const auto tensor = flight.task.job->cut_.segments[flight.task.chunk->first_segment].tensor;
+            if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
+        }
+        if (device_.poisons()) std::ranges::fill(lane.buffer, poison);
+        land(std::move(flight));
+    }
+
+    void land(Flight flight) {
+        {
+            Job& job = *flight.task.job;
+            const std::lock_guard lock(job.mutex_);
+            if (flight.enqueued) {
+                const auto end = Clock::now(), begin = std::max(flight.begin, job.uploading_until_);
+                if (end > begin) job.times_.upload += std::chrono::duration<double>(end - begin).count();
+                job.uploading_until_ = std::max(job.uploading_until_, end);
+            }
+            job.times_.uploaded_nbytes += flight.nbytes;
+        }
+        if (flight.failure)
+            engine_.report(flight.task, End::failed, std::move(*flight.failure));
+        else
+            engine_.report(flight.task, End::arrived);
+    }
+
+    void land_oldest() {
+        for (std::size_t at = 0; at < lanes_.size(); ++at) {
+            Lane& lane = lanes_[(next_ + at) % lanes_.size()];
+            if (lane.flight) return land(lane);
+        }
+    }
+
+    static Failure describe(const ReadError& error, std::uint32_t tensor, std::uint32_t file) {
+        using enum ReadError::Kind;
+        const auto kind = error.kind == ended     ? Failure::Kind::ended
+                          : error.kind == changed ? Failure::Kind::changed
+                                                  : Failure::Kind::read;
+        return {kind, tensor, file, error.offset, error.error_number, {}, error.what()};
+    }
+
+    static Failure describe(const DeviceError& error, Failure::Kind kind, std::uint32_t tensor) {
+        return {kind, tensor, 0, 0, 0, error.code(), error.what()};
+    }
+
+    Engine& engine_;
+    Device& device_;
+    const std::uint32_t index_;
+    const std::unique_ptr<Reader> reader_ = make_reader(Strategy::pread);
+    std::vector<Lane> lanes_;
+    const std::unique_ptr<Stream> stream_;  // ends its work before the lanes' events go
+    std::size_t next_ = 0;
+};
+
+Engine::Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& options)
+    : device_(std::move(device)), options_(options) {
+    device_->attach();
+    std::uint32_t first = 0;
+    for (std::uint32_t index = 0; index < options_.threads; ++index) {  // shares differ by one at most
+        const std::uint32_t end = options_.buffers * (index + 1) / options_.threads;
+        workers_.push_back(std::make_unique<Worker>(*this, index, ring + first * options_.chunk_size, end - first));
+        first = end;
+    }
+    for (auto& worker : workers_) threads_.emplace_back([&worker] { worker->run(); });
+}
+
+Engine::~Engine() { close(); }
+
+void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::uint64_t> after) {
+    const std::lock_guard lock(mutex_);
+    job->scratch_ = std::move(scratch);
+    job->after_ = std::move(after);
+    job->begun_.assign(options_.threads, false);
+    if (closing_) job->stopped_ = true;
+    jobs_.push_back(std::move(job));
+    const auto last = jobs_.back();
+    if (last->cut_.chunks.empty() || closing_) stop(*last);
+    changed_.notify_all();
+}
+
+void Engine::admit(Job& job, std::uint32_t groups, std::size_t first, const std::vector<Address>& targets) {
+    const std::lock_guard lock(mutex_);
+    std::ranges::copy(targets, job.targets_.begin() + static_cast<std::ptrdiff_t>(first));
+    job.admitted_ = std::max(job.admitted_, groups);
+    changed_.notify_all();
+}
+
+void Engine::cancel(Job& job) {
+    const std::lock_guard lock(mutex_);
+    stop(job);
+    changed_.notify_all();  // what waits to read again
+}
+
+void Engine::stop(Job& job) {
+    job.stopped_ = true;
+    job.next_ = job.cut_.chunks.size();
+    if (job.under_way_ > 0) return;
+    const auto found = std::ranges::find_if(jobs_, [&](const auto& other) { return other.get() == &job; });
+    if (found == jobs_.end()) return;
+    const auto kept = std::move(*found);
+    jobs_.erase(found);
+    const std::lock_guard lock(job.mutex_);
+    job.settle();
+}
+
+void Engine::close() {
+    {
+        const std::lock_guard lock(mutex_);
+        closing_ = true;
+        for (const auto& job : std::deque(jobs_)) stop(*job);
+        changed_.notify_all();
+    }
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+    workers_.clear();
+}
+
+std::optional<Engine::Task> Engine::take(bool wait) {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        // Of the jobs that have something to do, the one with the least under way, so that a small one beside a large
+        // one has its share at once; of equal ones, in turn.
+        auto best = jobs_.end();
+        for (auto job = jobs_.begin(); job != jobs_.end(); ++job) {
+            const Job& each = **job;
+            if (each.next_ == each.cut_.chunks.size() || each.cut_.chunks[each.next_].group >= each.admitted_) continue;
+            if (best == jobs_.end() || each.under_way_ < (*best)->under_way_) best = job;
+        }
+        if (best != jobs_.end()) {
+            const auto job = *best;
+            std::rotate(best, best + 1, jobs_.end());
+            ++job->under_way_;
+            return Task{job, &job->cut_.chunks[job->next_++]};
+        }
+        if (!wait || closing_) return std::nullopt;
+        changed_.wait(lock);
+    }
+}
+
+void Engine::report(const Task& task, End end, Failure failure) {
+    const std::lock_guard lock(mutex_);
+    Job& job = *task.job;
+    --job.under_way_;
+    {
+        const std::lock_guard job_lock(job.mutex_);
+        if (end == End::failed)
+            job.fail(std::move(failure));
+        else if (end == End::arrived)
+            job.arrived(*task.chunk);
+    }
+    if (end == End::failed) changed_.notify_all();  // others may wait to read again
+    if (end == End::failed || job.next_ == job.cut_.chunks.size()) stop(job);
+}
+
+bool Engine::pause(const Job& job, double seconds) {
+    std::unique_lock lock(mutex_);
+    const auto until = Clock::now() + std::chrono::duration<double>(seconds);
+    return !changed_.wait_until(lock, until, [&] { return job.stopped_.load(); });
+}
+
+}  // namespace asyncload

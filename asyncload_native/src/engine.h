@@ -1,0 +1,79 @@
+// The data path: threads that read, decode, copy and report, and never need the interpreter lock.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "device.h"
+#include "job.h"
+#include "reader.h"
+
+namespace asyncload {
+
+// Threads over one device and one ring of staging buffers. Each thread owns a stream, its share of the buffers, and for
+// each of these an event: it reads into one while the other's copy is under way, and waits for nobody else.
+class Engine {
+public:
+    struct Options {
+        std::uint64_t chunk_size;
+        std::uint32_t threads;
+        std::uint32_t buffers;  // at least one a thread
+        int nice;
+        std::uint32_t retries;
+        double retry_delay;  // seconds before the first repetition of a read; twice as long before each later one
+    };
+
+    // `ring`: memory for all buffers, registered with the device where it has that; it outlives the engine.
+    Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& options);
+    ~Engine();
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    const Options& options() const noexcept { return options_; }
+
+    // Has a job's chunks moved as far as groups are admitted. `after`: see `Job`; `scratch`: device memory of a chunk's
+    // size for each thread, or nothing where the device decodes nothing.
+    void submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::uint64_t> after);
+    // Lets the groups below `groups` be moved, for which the targets, from tensor `first` on, are given.
+    void admit(Job& job, std::uint32_t groups, std::size_t first, const std::vector<Address>& targets);
+    // Takes no further chunk of it; it ends once nothing of it is under way.
+    void cancel(Job& job);
+    // Cancels all jobs, waits until nothing is under way, and ends the threads.
+    void close();
+
+private:
+    struct Flight;
+    struct Lane;
+    class Worker;
+
+    struct Task {
+        std::shared_ptr<Job> job;
+        const Chunk* chunk;
+    };
+
+    std::optional<Task> take(bool wait);
+    void stop(Job& job);  // under the lock
+    // A chunk has ended: it arrived, or failed, or was given up.
+    enum class End : std::uint8_t { arrived, failed, given_up };
+    void report(const Task& task, End end, Failure failure = {});
+    bool pause(const Job& job, double seconds);
+
+    const std::shared_ptr<Device> device_;
+    const Options options_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::deque<std::shared_ptr<Job>> jobs_;  // that have not ended
+    bool closing_ = false;
+    std::vector<std::unique_ptr<Worker>> workers_;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace asyncload

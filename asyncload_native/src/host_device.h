@@ -1,0 +1,47 @@
+// Host memory as a device: a thread a stream, copies that can be slowed, so that overlap and races show anywhere.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "device.h"
+
+namespace asyncload {
+
+class HostDevice final : public Device {
+public:
+    using Moment = std::chrono::steady_clock::time_point;
+
+    // What is done to copies, for tests. `bandwidth` in bytes a second is all streams' together, 0 for memory's own;
+    // `latency` in seconds passes before each copy; with `poison` a copy's target is overwritten before it, and a
+    // staging buffer once it is free. The copies of the numbers `failing`, from 1 and from now on, fail.
+    struct Pace {
+        double bandwidth = 0;
+        double latency = 0;
+        bool poison = false;
+        std::vector<std::uint64_t> failing;
+    };
+
+    void set_pace(Pace pace);
+
+    void attach() override {}
+    std::unique_ptr<Stream> open_stream() override;
+    std::unique_ptr<Event> make_event(bool timing) override;
+    std::unique_ptr<Event> adopt_event(std::uint64_t handle) override;
+    bool in_place() const noexcept override;
+    bool poisons() const noexcept override;
+
+    // Does a copy that was enqueued at a moment, behind the stream's last one, which was to end at `not_before`; returns
+    // when this one was to end. On the stream's thread.
+    Moment copy(std::byte* target, const std::byte* source, std::size_t nbytes, Moment enqueued, Moment not_before);
+
+private:
+    mutable std::mutex mutex_;
+    Pace pace_;
+    std::uint64_t copies_ = 0;  // since the pace was set
+    Moment busy_until_{};       // of the one copy engine, where copies are slowed
+};
+
+}  // namespace asyncload

@@ -1,0 +1,84 @@
+#include "job.h"
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+namespace asyncload {
+
+Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
+         Wake wake, bool to_host)
+    : files_(std::move(files)),
+      tensors_(std::move(tensors)),
+      cut_(cut(tensors_, chunk_size)),
+      wake_(wake),
+      to_host_(to_host),
+      groups_(tensors_.size()),
+      targets_(tensors_.size()) {
+    for (const Chunk& chunk : cut_.chunks)
+        for (std::uint32_t at = 0; at < chunk.n_segments; ++at)
+            groups_[cut_.segments[chunk.first_segment + at].tensor] = chunk.group;
+    for (const TensorWork& tensor : tensors_) {
+        missing_.push_back(tensor.target_nbytes);
+        tensors_left_ += !tensor.skip;
+    }
+    descriptor_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (descriptor_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+}
+
+Job::~Job() { close(descriptor_); }
+
+Job::News Job::poll() {
+    const std::lock_guard lock(mutex_);
+    if (signalled_) {
+        std::uint64_t count = 0;
+        [[maybe_unused]] const auto got = read(descriptor_, &count, sizeof count);
+        signalled_ = false;
+    }
+    News news = std::move(news_);
+    news_ = {};
+    news_.ended = news.ended;
+    news_.failure = news.failure;
+    return news;
+}
+
+Times Job::times() const {
+    const std::lock_guard lock(mutex_);
+    return times_;
+}
+
+void Job::arrived(const Chunk& chunk) {
+    bool landed = false;
+    for (std::uint32_t at = 0; at < chunk.n_segments; ++at) {
+        const Segment& segment = cut_.segments[chunk.first_segment + at];
+        news_.moved += segment.target_nbytes;
+        if ((missing_[segment.tensor] -= segment.target_nbytes) == 0) {
+            news_.landed.push_back(segment.tensor);
+            --tensors_left_;
+            landed = true;
+        }
+    }
+    if (wake_ == Wake::chunk || (wake_ == Wake::tensor && landed)) signal();
+}
+
+void Job::fail(Failure failure) {
+    if (!news_.failure) news_.failure = std::move(failure);
+}
+
+void Job::settle() {
+    if (news_.ended) return;
+    news_.ended = true;
+    signal();
+}
+
+void Job::signal() {
+    if (std::exchange(signalled_, true)) return;
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const auto written = write(descriptor_, &one, sizeof one);  // fails only when readable already
+}
+
+}  // namespace asyncload

@@ -1,0 +1,109 @@
+// One load as the engine sees it: what is to be moved, how far that is, and how it ended.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cut.h"
+#include "file.h"
+
+namespace asyncload {
+
+// Why a load ended early.
+struct Failure {
+    enum class Kind : std::uint8_t { read, ended, changed, copy, decode, device };
+    Kind kind = Kind::device;
+    std::uint32_t tensor = 0;
+    std::uint32_t file = 0;
+    std::uint64_t offset = 0;  // in the file
+    int error_number = 0;      // of a read
+    std::string code;          // the driver's
+    std::string what;
+};
+
+// Where a load's time went; seconds are summed over the threads, those of uploads count when any is under way.
+struct Times {
+    double read = 0;
+    double decode = 0;
+    double upload = 0;
+    std::uint64_t read_nbytes = 0;
+    std::uint64_t decoded_nbytes = 0;
+    std::uint64_t uploaded_nbytes = 0;
+    std::uint64_t retries = 0;
+};
+
+class Job {
+public:
+    // When whoever waits for the descriptor is woken: once, at the end; for each tensor; for each chunk. What comes
+    // before he has asked is told along.
+    enum class Wake : std::uint8_t { end, tensor, chunk };
+
+    struct News {
+        std::vector<std::uint32_t> landed;  // tensors
+        std::uint64_t moved = 0;            // bytes of tensors
+        bool ended = false;                 // nothing of it is under way any more
+        std::optional<Failure> failure;
+    };
+
+    // Cuts the tensors into chunks; throws as `cut` does, and `std::system_error` where there is no descriptor left.
+    // `to_host`: the targets are memory of the host, whatever the device.
+    Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
+        Wake wake, bool to_host);
+    ~Job();
+    Job(const Job&) = delete;
+    Job& operator=(const Job&) = delete;
+
+    // An eventfd; readable when there is news.
+    int descriptor() const noexcept { return descriptor_; }
+    // For each tensor, the group that it is moved in; those that are skipped have the one of the tensor before.
+    const std::vector<std::uint32_t>& groups() const noexcept { return groups_; }
+    // What has happened since it was last asked.
+    News poll();
+    Times times() const;
+
+private:
+    friend class Engine;
+    using Clock = std::chrono::steady_clock;
+
+    // The rest under the lock.
+    void arrived(const Chunk& chunk);
+    void fail(Failure failure);
+    void settle();  // ends it if nothing is left to do and nothing under way
+    void signal();
+
+    const std::vector<std::shared_ptr<const File>> files_;
+    const std::vector<TensorWork> tensors_;
+    const Cut cut_;
+    const Wake wake_;
+    const bool to_host_;
+    int descriptor_ = -1;
+    std::vector<std::uint32_t> groups_;
+
+    // Written before the first of a group's chunks is taken, under the engine's lock.
+    std::vector<Address> targets_;      // by tensor
+    std::vector<Address> scratch_;      // by the engine's thread
+    std::vector<std::uint64_t> after_;  // events that the streams wait for, on the device, before the first chunk
+    std::vector<bool> begun_;           // by the engine's thread: its stream waits for them
+
+    // The engine's, under its lock.
+    std::size_t next_ = 0;         // chunk
+    std::uint32_t admitted_ = 0;   // groups
+    std::uint32_t under_way_ = 0;  // chunks
+    std::atomic<bool> stopped_ = false;
+
+    mutable std::mutex mutex_;  // over the rest; never held while another is taken
+    std::vector<std::uint64_t> missing_;  // bytes, by tensor
+    std::uint32_t tensors_left_ = 0;
+    bool signalled_ = false;
+    News news_;
+    Times times_;
+    Clock::time_point uploading_until_{};
+};
+
+}  // namespace asyncload
