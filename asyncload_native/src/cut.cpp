@@ -8,11 +8,13 @@ namespace asyncload {
 
 namespace {
 
-constexpr std::uint64_t alignment = 64;      // decoded bytes start on a cache line, and so does every read
-constexpr std::uint64_t gap = 64 << 10;      // reading a gap of this size costs less than another read
-constexpr std::size_t most_shared = 256;     // tensors that share a chunk
+constexpr std::uint64_t alignment = 64;   // decoded bytes start on a cache line, and so does every read
+constexpr std::uint64_t gap = 64 << 10;   // reading a gap of this size costs less than another read
+constexpr std::size_t most_shared = 256;  // tensors that share a chunk
 
-std::uint64_t align(std::uint64_t offset) { return (offset + alignment - 1) / alignment * alignment; }
+std::uint64_t align(std::uint64_t offset) {
+    return (offset + alignment - 1) / alignment * alignment;
+}
 
 // What a tensor's decoded form takes of a buffer.
 std::uint64_t decoded_nbytes(const TensorWork& tensor) {
@@ -20,7 +22,7 @@ std::uint64_t decoded_nbytes(const TensorWork& tensor) {
 }
 
 class Cutter {
-public:
+  public:
     Cutter(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size)
         : tensors_(tensors), chunk_size_(chunk_size) {}
 
@@ -43,7 +45,7 @@ public:
         return std::move(cut_);
     }
 
-private:
+  private:
     // Whether a small tensor lies close enough behind the others for one read.
     bool joins(const TensorWork& tensor, std::uint64_t after) const {
         const TensorWork &first = tensors_[shared_.front()], &last = tensors_[shared_.back()];
@@ -113,6 +115,8 @@ private:
 
 }  // namespace
 
-Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size) { return Cutter(tensors, chunk_size).run(); }
+Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size) {
+    return Cutter(tensors, chunk_size).run();
+}
 
 }  // namespace asyncload

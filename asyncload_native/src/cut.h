@@ -52,7 +52,8 @@ struct Cut {
     std::vector<Segment> segments;
 };
 
-// Cuts tensors, given in file order. Throws `std::invalid_argument` if a block and its decoded form do not fit a buffer.
+// Cuts tensors, given in file order. Throws `std::invalid_argument` if a block and its decoded form do not fit a
+// buffer.
 Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size);
 
 }  // namespace asyncload

@@ -12,16 +12,19 @@ namespace asyncload {
 // A place in a device's memory; on the host device, and of host memory, an address of this process.
 using Address = std::uint64_t;
 
-inline std::byte* pointer(Address address) { return reinterpret_cast<std::byte*>(address); }
+inline std::byte* pointer(Address address) {
+    return reinterpret_cast<std::byte*>(address);
+}
 
-// The device refused, or work enqueued on it failed; `code` is the driver's name for it, empty where there is none.
+// The device refused, or work enqueued on it failed; `name` is the driver's for it, empty where there is none.
 class DeviceError : public std::runtime_error {
-public:
-    DeviceError(const std::string& what, std::string code) : std::runtime_error(what), code_(std::move(code)) {}
-    const std::string& code() const noexcept { return code_; }
+  public:
+    DeviceError(const std::string& what, std::string name) : std::runtime_error(what), name_(std::move(name)) {}
 
-private:
-    std::string code_;
+    const std::string& name() const noexcept { return name_; }
+
+  private:
+    std::string name_;
 };
 
 // A kernel that decodes blocks on a device: for CUDA a CUkernel and how many blocks a group of threads decodes, for the
@@ -36,7 +39,7 @@ using HostKernel = std::int32_t (*)(std::intptr_t source, std::intptr_t target, 
 
 // A point in a stream's work. Before it is recorded it counts as passed.
 class Event {
-public:
+  public:
     virtual ~Event() = default;
     // Whether the work before it has ended. Raises `DeviceError` if that work failed.
     virtual bool done() = 0;
@@ -48,7 +51,7 @@ public:
 
 // An ordered queue of work; its methods enqueue. It belongs to one thread at a time, which has attached to the device.
 class Stream {
-public:
+  public:
     virtual ~Stream() = default;  // waits for its work
     // Copies host memory, registered with the device where it has that, which stays as it is until an event behind the
     // copy has passed.
@@ -60,7 +63,7 @@ public:
 };
 
 class Device {
-public:
+  public:
     virtual ~Device() = default;
     // Makes it the calling thread's; cheap when it is already.
     virtual void attach() = 0;

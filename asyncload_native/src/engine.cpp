@@ -15,12 +15,18 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::byte poison{0xA5};
 
-std::intptr_t address(const std::byte* bytes) { return reinterpret_cast<std::intptr_t>(bytes); }
+std::intptr_t address(const std::byte* bytes) {
+    return reinterpret_cast<std::intptr_t>(bytes);
+}
 
-double since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+double since(Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
 // Whether the host may write a tensor where it goes.
-bool writes_in_place(const Device& device, bool to_host) { return to_host || device.in_place(); }
+bool writes_in_place(const Device& device, bool to_host) {
+    return to_host || device.in_place();
+}
 
 }  // namespace
 
@@ -41,7 +47,7 @@ struct Engine::Lane {
 };
 
 class Engine::Worker {
-public:
+  public:
     Worker(Engine& engine, std::uint32_t index, std::byte* buffers, std::uint32_t count)
         : engine_(engine), device_(*engine.device_), index_(index), stream_(device_.open_stream()) {
         const std::uint64_t size = engine.options_.chunk_size;
@@ -68,7 +74,7 @@ public:
         }
     }
 
-private:
+  private:
     // Brings a chunk on its way. Whatever happens, the engine hears of it once nothing of it is under way.
     void move(Lane& lane, Task task) {
         Job& job = *task.job;
@@ -100,7 +106,8 @@ private:
     }
 
     // Where a chunk is read to: the target, if it may be written there and lies in one piece, or else the buffer.
-    std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk, std::span<const Segment> segments) {
+    std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk,
+                               std::span<const Segment> segments) {
         const Segment& segment = segments.front();
         if (segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none &&
             writes_in_place(device_, job.to_host_))
@@ -233,7 +240,7 @@ private:
     }
 
     static Failure describe(const DeviceError& error, Failure::Kind kind, std::uint32_t tensor) {
-        return {kind, tensor, 0, 0, 0, error.code(), error.what()};
+        return {kind, tensor, 0, 0, 0, error.name(), error.what()};
     }
 
     Engine& engine_;
@@ -257,7 +264,9 @@ Engine::Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& o
     for (auto& worker : workers_) threads_.emplace_back([&worker] { worker->run(); });
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+    close();
+}
 
 void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::uint64_t> after) {
     const std::lock_guard lock(mutex_);
@@ -305,6 +314,7 @@ void Engine::close() {
     }
     for (std::thread& thread : threads_) thread.join();
     threads_.clear();
+    device_->attach();
     workers_.clear();
 }
 

@@ -21,7 +21,7 @@ namespace asyncload {
 // Threads over one device and one ring of staging buffers. Each thread owns a stream, its share of the buffers, and for
 // each of these an event: it reads into one while the other's copy is under way, and waits for nobody else.
 class Engine {
-public:
+  public:
     struct Options {
         std::uint64_t chunk_size;
         std::uint32_t threads;
@@ -49,7 +49,7 @@ public:
     // Cancels all jobs, waits until nothing is under way, and ends the threads.
     void close();
 
-private:
+  private:
     struct Flight;
     struct Lane;
     class Worker;

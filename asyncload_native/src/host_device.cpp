@@ -16,7 +16,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::byte poison{0xA5};  // as asyncload/device/_host.py has it
+constexpr std::byte poison{0xA5};        // as asyncload/device/_host.py has it
 constexpr double piece_seconds = 0.002;  // of a slowed copy: it reads its source until shortly before its end
 
 Clock::duration seconds(double count) {
@@ -25,7 +25,7 @@ Clock::duration seconds(double count) {
 
 // What an event and those that wait for it share.
 class Point {
-public:
+  public:
     void pass(const std::optional<DeviceError>& error) {
         const std::lock_guard lock(mutex_);
         passed_ = true;
@@ -51,7 +51,7 @@ public:
         changed_.wait(lock, [this] { return passed_; });
     }
 
-private:
+  private:
     void raise() const {
         if (error_) throw DeviceError(*error_);
     }
@@ -63,7 +63,7 @@ private:
 };
 
 class HostEvent final : public Event {
-public:
+  public:
     bool done() override { return point_ == nullptr || point_->passed(); }
     void synchronize() override {
         if (point_ != nullptr) point_->wait();
@@ -73,12 +73,12 @@ public:
     std::shared_ptr<Point> begin() { return point_ = std::make_shared<Point>(); }
     std::shared_ptr<Point> point() const { return point_; }
 
-private:
+  private:
     std::shared_ptr<Point> point_;  // of the last recording
 };
 
 class HostStream final : public Stream {
-public:
+  public:
     explicit HostStream(HostDevice& device) : device_(device), thread_([this] { run(); }) {}
 
     ~HostStream() override {
@@ -111,7 +111,7 @@ public:
 
     std::uint64_t handle() const noexcept override { return 0; }
 
-private:
+  private:
     using Work = std::function<void()>;
 
     void push(Work work) {
@@ -150,12 +150,18 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Stream> HostDevice::open_stream() { return std::make_unique<HostStream>(*this); }
+std::unique_ptr<Stream> HostDevice::open_stream() {
+    return std::make_unique<HostStream>(*this);
+}
 
-std::unique_ptr<Event> HostDevice::make_event(bool) { return std::make_unique<HostEvent>(); }
+std::unique_ptr<Event> HostDevice::make_event(bool) {
+    return std::make_unique<HostEvent>();
+}
 
 // The host has no handles: who needs to wait for an event of another's does so before he submits.
-std::unique_ptr<Event> HostDevice::adopt_event(std::uint64_t) { return std::make_unique<HostEvent>(); }
+std::unique_ptr<Event> HostDevice::adopt_event(std::uint64_t) {
+    return std::make_unique<HostEvent>();
+}
 
 void HostDevice::set_pace(Pace pace) {
     const std::lock_guard lock(mutex_);

@@ -11,7 +11,7 @@
 namespace asyncload {
 
 class HostDevice final : public Device {
-public:
+  public:
     using Moment = std::chrono::steady_clock::time_point;
 
     // What is done to copies, for tests. `bandwidth` in bytes a second is all streams' together, 0 for memory's own;
@@ -33,11 +33,11 @@ public:
     bool in_place() const noexcept override;
     bool poisons() const noexcept override;
 
-    // Does a copy that was enqueued at a moment, behind the stream's last one, which was to end at `not_before`; returns
-    // when this one was to end. On the stream's thread.
+    // Does a copy that was enqueued at a moment, behind the stream's last one, which was to end at `not_before`;
+    // returns when this one was to end. On the stream's thread.
     Moment copy(std::byte* target, const std::byte* source, std::size_t nbytes, Moment enqueued, Moment not_before);
 
-private:
+  private:
     mutable std::mutex mutex_;
     Pace pace_;
     std::uint64_t copies_ = 0;  // since the pace was set

@@ -30,7 +30,9 @@ Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork>
     if (descriptor_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
 }
 
-Job::~Job() { close(descriptor_); }
+Job::~Job() {
+    close(descriptor_);
+}
 
 Job::News Job::poll() {
     const std::lock_guard lock(mutex_);

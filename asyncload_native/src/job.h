@@ -39,7 +39,7 @@ struct Times {
 };
 
 class Job {
-public:
+  public:
     // When whoever waits for the descriptor is woken: once, at the end; for each tensor; for each chunk. What comes
     // before he has asked is told along.
     enum class Wake : std::uint8_t { end, tensor, chunk };
@@ -67,7 +67,7 @@ public:
     News poll();
     Times times() const;
 
-private:
+  private:
     friend class Engine;
     using Clock = std::chrono::steady_clock;
 
@@ -97,7 +97,7 @@ private:
     std::uint32_t under_way_ = 0;  // chunks
     std::atomic<bool> stopped_ = false;
 
-    mutable std::mutex mutex_;  // over the rest; never held while another is taken
+    mutable std::mutex mutex_;            // over the rest; never held while another is taken
     std::vector<std::uint64_t> missing_;  // bytes, by tensor
     std::uint32_t tensors_left_ = 0;
     bool signalled_ = false;

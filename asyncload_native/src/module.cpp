@@ -7,6 +7,8 @@
 #include <nanobind/stl/vector.h>
 
 #include "build_info.h"
+#include "cuda_device.h"
+#include "driver.h"
 #include "engine.h"
 #include "file.h"
 #include "host_device.h"
@@ -19,7 +21,7 @@ namespace {
 
 using Words = nb::ndarray<const std::uint64_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const std::uint64_t, nb::numpy, nb::shape<-1, 10>, nb::c_contig, nb::device::cpu>;
-using Release = nb::call_guard<nb::gil_scoped_release>;
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
 std::vector<TensorWork> read_table(const Table& table) {
     std::vector<TensorWork> tensors;
@@ -41,23 +43,69 @@ std::vector<TensorWork> read_table(const Table& table) {
     return tensors;
 }
 
-std::vector<std::uint64_t> words(const Words& array) { return {array.data(), array.data() + array.shape(0)}; }
+std::vector<std::uint64_t> words(const Words& array) {
+    return {array.data(), array.data() + array.shape(0)};
+}
 
 void bind_errors(nb::module_& module) {
-    static nb::object device_error = nb::exception<DeviceError>(module, "DeviceError", PyExc_RuntimeError);
-    nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
-        try {
-            std::rethrow_exception(pointer);
-        } catch (const DeviceError& error) {
-            PyErr_SetObject(device_error.ptr(), nb::make_tuple(error.what(), error.code()).ptr());
-        } catch (const ReadError& error) {
-            PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.error_number, error.what()).ptr());
-        }
-    });
+    nb::exception<DriverUnavailableError>(module, "DriverUnavailableError", PyExc_ImportError).doc() =
+        "There is no CUDA driver, or it lacks a function that is needed.";
+
+    nb::exception<DeviceError> device_error(module, "DeviceError", PyExc_RuntimeError);
+    device_error.doc() = "A device refused, or work on it failed.";
+    nb::exception<CudaError> cuda_error(module, "CudaError", device_error.ptr());
+    cuda_error.doc() = "A function of the CUDA driver failed; its result by ``code`` and ``name``.";
+    cuda_error.attr("function") = "";  // on the type, so that they are in its stub
+    cuda_error.attr("code") = 0;
+    cuda_error.attr("name") = "";
+    nb::register_exception_translator(  // goes before that of nb::exception, which sets the message only
+        [](const std::exception_ptr& raised, void* type) {
+            try {
+                std::rethrow_exception(raised);
+            } catch (const CudaError& error) {
+                nb::object exception = nb::handle(static_cast<PyObject*>(type))(error.what());
+                exception.attr("function") = error.function();
+                exception.attr("code") = error.code();
+                exception.attr("name") = error.name().c_str();
+                PyErr_SetObject(static_cast<PyObject*>(type), exception.ptr());
+            }
+        },
+        cuda_error.ptr());
+    nb::register_exception_translator(
+        [](const std::exception_ptr& raised, void*) {
+            try {
+                std::rethrow_exception(raised);
+            } catch (const ReadError& error) {
+                PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.error_number, error.what()).ptr());
+            }
+        },
+        nullptr);
+}
+
+void bind_driver(nb::module_& module) {
+    nb::class_<Driver>(module, "Driver", "The CUDA driver's functions, from a library given by name or path.")
+        .def(nb::init<const char*>(), "library"_a = Driver::LIBRARY, Unlocked(),
+             "Raises DriverUnavailableError where the library, or a function that is needed, is missing.")
+        .def_prop_ro(
+            "version",
+            [](const Driver& driver) {
+                int version = 0;
+                driver.cuDriverGetVersion(&version);
+                return version;
+            },
+            Unlocked(), "The latest version of CUDA that it knows: 13000 is 13.0.");
 }
 
 void bind_devices(nb::module_& module) {
     nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.");
+    nb::class_<CudaDevice, Device>(module, "CudaDevice", "A CUDA device, in its primary context.")
+        .def(
+            "__init__",
+            [](CudaDevice* device, std::shared_ptr<Driver> driver, int index) {
+                const nb::gil_scoped_release unlocked;
+                new (device) CudaDevice(std::move(driver), index);
+            },
+            "driver"_a, "index"_a, "Raises CudaError.");
     nb::class_<HostDevice, Device>(module, "HostDevice", "Host memory, with a thread for each stream.")
         .def(nb::init<>())
         .def(
@@ -72,7 +120,7 @@ void bind_devices(nb::module_& module) {
 
 void bind_job(nb::module_& module) {
     nb::class_<File>(module, "File", "A file held open.")
-        .def_static("open", &File::open, "path"_a, Release(), "Opens a regular file; raises OSError.")
+        .def_static("open", &File::open, "path"_a, Unlocked(), "Opens a regular file; raises OSError.")
         .def_prop_ro("size", &File::size);
 
     nb::enum_<Failure::Kind>(module, "FailureKind", "What failed.")
@@ -115,8 +163,10 @@ void bind_job(nb::module_& module) {
                 new (job) Job({files.begin(), files.end()}, read_table(tensors), chunk_size, wake, to_host);
             },
             "files"_a, "tensors"_a, "chunk_size"_a, "wake"_a, "to_host"_a,
-            "Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, where it\n"
-            "is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, blocks\n"
+            "Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, "
+            "where it\n"
+            "is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, "
+            "blocks\n"
             "for each of its groups, whether it is skipped. Raises ValueError if a block does not fit a chunk.")
         .def_prop_ro("descriptor", &Job::descriptor, "An eventfd that is readable when there is news.")
         .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
@@ -130,7 +180,7 @@ void bind_engine(nb::module_& module) {
             "__init__",
             [](Engine* engine, std::shared_ptr<Device> device, Address ring, std::uint64_t chunk_size,
                std::uint32_t threads, std::uint32_t buffers, int nice, std::uint32_t retries, double retry_delay) {
-                const nb::gil_scoped_release release;
+                const nb::gil_scoped_release unlocked;
                 new (engine) Engine(std::move(device), pointer(ring),
                                     {chunk_size, threads, buffers, nice, retries, retry_delay});
             },
@@ -138,7 +188,8 @@ void bind_engine(nb::module_& module) {
             "Starts the threads, over a ring of staging buffers that outlives them.")
         .def(
             "submit",
-            [](Engine& engine, std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::uint64_t> after) {
+            [](Engine& engine, std::shared_ptr<Job> job, std::vector<Address> scratch,
+               std::vector<std::uint64_t> after) {
                 engine.submit(std::move(job), std::move(scratch), std::move(after));
             },
             "job"_a, "scratch"_a, "after"_a,
@@ -151,7 +202,7 @@ void bind_engine(nb::module_& module) {
             "job"_a, "groups"_a, "first"_a, "targets"_a,
             "Lets the groups below a number be moved, for which the addresses from tensor ``first`` on are given.")
         .def("cancel", &Engine::cancel, "job"_a, "Has a job end as soon as nothing of it is under way.")
-        .def("close", &Engine::close, Release(), "Ends all jobs and the threads; blocks.");
+        .def("close", &Engine::close, Unlocked(), "Ends all jobs and the threads; blocks.");
 }
 
 }  // namespace
@@ -162,6 +213,7 @@ NB_MODULE(_native, module) {
     module.attr("version") = asyncload::version();
     module.attr("compiler") = asyncload::compiler();
     asyncload::bind_errors(module);
+    asyncload::bind_driver(module);
     asyncload::bind_devices(module);
     asyncload::bind_job(module);
     asyncload::bind_engine(module);

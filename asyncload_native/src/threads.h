@@ -11,7 +11,9 @@
 namespace asyncload {
 
 // Names the calling thread; 15 characters are kept.
-inline void name_thread(const char* name) { pthread_setname_np(pthread_self(), name); }
+inline void name_thread(const char* name) {
+    pthread_setname_np(pthread_self(), name);
+}
 
 // Adds to the calling thread's niceness, which Linux keeps for each thread.
 inline void lower_priority(int nice) {

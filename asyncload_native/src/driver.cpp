@@ -1,0 +1,38 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+
+namespace asyncload {
+
+namespace {
+
+void* load(const char* library) {
+    if (void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL)) return handle;
+    const char* reason = dlerror();
+    throw DriverUnavailableError(reason ? reason : std::string(library) + " cannot be loaded");
+}
+
+}  // namespace
+
+CudaError::CudaError(const char* function, CUresult code, const char* name, const char* description)
+    : DeviceError(std::string(function) + ": " + name + " (" + std::to_string(code) + "): " + description, name),
+      function_(function),
+      code_(code) {}
+
+Driver::Driver(const char* library) : library_(load(library)) {}
+
+void* Driver::find(const char* symbol) const {
+    if (void* address = dlsym(library_, symbol)) return address;
+    const char* reason = dlerror();
+    throw DriverUnavailableError(reason ? reason : std::string("the driver has no ") + symbol);
+}
+
+void Driver::fail(const char* function, CUresult code) const {
+    const char* name = nullptr;
+    const char* description = nullptr;
+    cuGetErrorName.result(code, &name);
+    cuGetErrorString.result(code, &description);
+    throw CudaError(function, code, name ? name : "an unknown error", description ? description : "no description");
+}
+
+}  // namespace asyncload
