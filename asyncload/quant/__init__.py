@@ -13,7 +13,7 @@ from typing import Final
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
 
-__all__ = ["FAMILIES", "DType", "can_decode", "decode", "native_dtype", "prepare", "refusal"]
+__all__ = ["FAMILIES", "DType", "can_decode", "decode", "kernel_address", "native_dtype", "prepare", "refusal"]
 
 
 class DType(StrEnum):
@@ -107,7 +107,7 @@ def refusal(type: GGMLType, dtype: DType) -> str:  # noqa: A002
 
 
 def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:
-    """Makes the kernels for these pairs ready in this process, so that ``decode`` only computes.
+    """Makes the kernels for these pairs ready in this process, so that ``decode`` only computes, and ``kernel_address`` looks up.
 
     Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled in a subprocess then, since
     the compiler holds the interpreter lock. Where the cache cannot be written it is compiled here, and the logger
@@ -134,3 +134,20 @@ def decode(type: GGMLType, dtype: DType, source: memoryview, target: memoryview)
     from asyncload.quant._decode import decode as decode_blocks
 
     decode_blocks(type, dtype, source, target)
+
+
+def kernel_address(type: GGMLType, dtype: DType) -> int:  # noqa: A002
+    """The address of a C function that decodes as ``decode`` does, for threads that run without the interpreter.
+
+    It is ``int32_t kernel(const void *source, void *target, int64_t n_blocks)`` and checks nothing: source and target
+    have any alignment, do not overlap, and hold ``n_blocks`` whole blocks (none at least) and their elements. It returns
+    1 once these are decoded, and anything else is a failure: Numba prints an exception and returns 0. Any number of
+    threads may be in it at once, and it takes no lock, the interpreter's neither. The address stays the same, and valid
+    until the interpreter ends.
+
+    A pair that is not ready is prepared first, as by ``prepare``, which passes over what ``decode`` merely copies. Raises
+    ``UnsupportedQuantError`` for a pair that ``can_decode`` denies.
+    """
+    from asyncload.quant._prepare import kernel_address as address_of_kernel
+
+    return address_of_kernel(type, dtype)

@@ -152,6 +152,10 @@ class Block:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
+    def copy(self) -> None:
+        """Stores the bytes of weights that are of the block's dtype already."""
+        self._write(0, self.load(0, self.weights, ir.IntType(8 * self._dtype.itemsize)))
+
     def store(self, index: int, values: Vector) -> None:
         """Rounds float32 values to the block's dtype and stores them from weight ``index`` on."""
         lanes = min(_PIECE, values.lanes)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numba.core.event
 
@@ -16,13 +16,21 @@ from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 from asyncload.quant._kernels import KERNEL, signature
 
-__all__ = ["Entry", "cache_folder", "compile_kernel", "load_kernel"]
-
-# The compiled kernel: None in place of the pair, the addresses of source and target, the number of blocks.
-Entry = Callable[[None, int, int, int], None]
+__all__ = ["Kernel", "cache_folder", "compile_kernel", "load_kernel"]
 
 _log: Final = logging.getLogger("asyncload.quant")
 _event: Any = numba.core.event  # it carries no types
+
+
+class Kernel(NamedTuple):
+    """The ways into a pair's machine code, which stays where it is: Numba forgets nothing that it has loaded.
+
+    ``call`` is the interpreter's, which releases its lock, and ``address`` that of the C function. Both take the
+    addresses of source and target and the number of blocks.
+    """
+
+    call: Callable[[int, int, int], int]
+    address: int
 
 
 class _NotCachedError(Exception):
@@ -50,7 +58,7 @@ def cache_folder() -> Path | None:
     return Path(path) if path else None
 
 
-def load_kernel(type: GGMLType, dtype: DType) -> Entry | None:  # noqa: A002 - the field's name
+def load_kernel(type: GGMLType, dtype: DType) -> Kernel | None:  # noqa: A002 - the field's name
     """Loads a pair's machine code from the cache, and never compiles; None where the cache does not have it."""
     wanted = signature(type, dtype)
     try:
@@ -60,27 +68,30 @@ def load_kernel(type: GGMLType, dtype: DType) -> Entry | None:  # noqa: A002 - t
         return None
     except Exception:  # noqa: BLE001 - whatever the unpickling of a damaged file raises
         _log.warning("the cache of compiled kernels in %s cannot be read and is begun anew", cache_folder())
-    if (code := KERNEL.overloads.get(wanted)) is None:  # damaged, or another version's, left by a process that died
+    if wanted not in KERNEL.overloads:  # damaged, or another version's, left by a process that died
         _begin_anew()
         return None
-    entry: Entry = code.entry_point
-    return entry
+    return _loaded(wanted)
 
 
-def compile_kernel(type: GGMLType, dtype: DType) -> Entry:  # noqa: A002
+def compile_kernel(type: GGMLType, dtype: DType) -> Kernel:  # noqa: A002
     """Compiles a pair's machine code unless the cache has it, and stores it there if that can be done."""
     wanted = signature(type, dtype)
     with _locked_cache():
-        if (entry := load_kernel(type, dtype)) is not None:
-            return entry
+        if (kernel := load_kernel(type, dtype)) is not None:
+            return kernel
         try:
             KERNEL.compile(wanted)
         except OSError as error:  # from the cache: the compiler touches no file
             _log.warning("compiled kernels cannot be kept in %s: %s", cache_folder(), error)
             KERNEL._cache.disable()  # noqa: SLF001 - Numba has no public way
             KERNEL.compile(wanted)
-        compiled: Entry = KERNEL.overloads[wanted].entry_point
-        return compiled
+        return _loaded(wanted)
+
+
+def _loaded(wanted: tuple[Any, ...]) -> Kernel:
+    code = KERNEL.overloads[wanted]
+    return Kernel(code.entry_point, code.library.get_pointer_to_function(code.fndesc.llvm_cfunc_wrapper_name))
 
 
 def _begin_anew() -> None:

@@ -42,4 +42,4 @@ def decode(type: GGMLType, dtype: DType, source: memoryview, target: memoryview)
     if kernel is None:
         np.copyto(target_bytes, source_bytes)
     else:
-        kernel(None, source_bytes.ctypes.data, target_bytes.ctypes.data, count)
+        kernel.call(source_bytes.ctypes.data, target_bytes.ctypes.data, count)

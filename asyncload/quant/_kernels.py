@@ -1,7 +1,8 @@
 """One Numba function for all pairs of type and dtype: its first argument's type names the pair, intrinsics write it.
 
 So there is one function, with one index in Numba's cache on disk, and a signature a pair. (Functions made in closures
-over their intrinsics would never be found there again.)
+over their intrinsics would never be found there again.) With the machine code of each, Numba keeps two ways into it:
+one for the interpreter, and a C function.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from asyncload.quant import (
     _tables,
     _ternary,
     _vector,
+    native_dtype,
 )
 from asyncload.quant._block import Block, Decoder, Processor
 from asyncload.quant._vector import I8, I64, ir
@@ -80,7 +82,7 @@ def _version() -> str:
     It is part of each signature, so code from other sources, or for another processor, is never taken for this one's,
     whatever happened to the index.
     """
-    blocks = [(type_.name, type_.block_size, type_.type_size) for type_ in DECODERS]
+    blocks = [(type_.name, type_.block_size, type_.type_size) for type_ in GGMLType]
     digest = sha256(repr((_target(), numba.__version__, llvmlite.__version__, blocks)).encode())
     digest.update(_tables.fingerprint())
     for module in _SOURCES:
@@ -92,22 +94,26 @@ def _version() -> str:
 
 
 def signature(type: GGMLType, dtype: DType) -> tuple[Any, ...]:  # noqa: A002 - the field's name
-    """The kernel's argument types for a pair: what to do, the addresses of source and target, the number of blocks."""
-    types = _nb.types
-    return types.literal(f"{type.name} {dtype} {_version()}"), types.intp, types.intp, types.intp
+    """The kernel's argument types for a pair: the addresses of source and target, the number of blocks.
+
+    The first is an integer like the others whose type's name says what the blocks are and what to make of them.
+    """
+    intp = _nb.types.intp
+    source = _nb.types.Integer(f"{type.name} {dtype} {_version()}", bitwidth=intp.bitwidth, signed=True)
+    return source, intp, intp
 
 
-def _pair(coding: Any) -> tuple[GGMLType, DType]:
+def _pair(source: Any) -> tuple[GGMLType, DType]:
     """The pair that the kernel's first argument names by its type."""
-    type_name, dtype, _ = coding.literal_value.split()
+    type_name, dtype, _ = source.name.split()
     return GGMLType[type_name], DType(dtype)
 
 
-def _group_size(_typing: Any, coding: Any) -> Any:
+def _group_size(_typing: Any, source: Any) -> Any:
     """How many blocks are decoded at a time, as a constant."""
-    type_, _ = _pair(coding)
+    type_, _ = _pair(source)
     size = 1 if type_.quantized else _BULK
-    return _nb.types.intp(coding), _constant(size)
+    return _nb.types.intp(source), _constant(size)
 
 
 def _constant(value: int) -> Callable[..., Any]:
@@ -117,49 +123,53 @@ def _constant(value: int) -> Callable[..., Any]:
     return generate
 
 
-def _decode_at(size: int, coding: Any, source: Any, target: Any, index: Any) -> Any:
+def _decode_at(size: int, source: Any, target: Any, index: Any) -> Any:
     """The signature and the code generator of an intrinsic that decodes the ``index``-th group of ``size`` blocks."""
-    type_, dtype = _pair(coding)
+    type_, dtype = _pair(source)
+    decoder = Block.copy if native_dtype(type_) is dtype else DECODERS[type_]
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        _, source, target, index = arguments
+        source, target, index = arguments
         weights = type_.block_size * size
         pointers = [
             builder.inttoptr(builder.add(address, builder.mul(index, ir.Constant(I64, nbytes))), I8.as_pointer())
             for address, nbytes in ((source, type_.type_size * size), (target, weights * dtype.itemsize))
         ]
-        DECODERS[type_](Block(builder, *pointers, weights=weights, dtype=dtype, processor=processor()))
+        decoder(Block(builder, *pointers, weights=weights, dtype=dtype, processor=processor()))
         return context.get_dummy_value()
 
-    return _nb.types.void(coding, source, target, index), generate
+    return _nb.types.void(source, target, index), generate
 
 
-def _decode_group(_typing: Any, coding: Any, source: Any, target: Any, index: Any) -> Any:
-    type_, _ = _pair(coding)
-    return _decode_at(1 if type_.quantized else _BULK, coding, source, target, index)
+def _decode_group(_typing: Any, source: Any, target: Any, index: Any) -> Any:
+    type_, _ = _pair(source)
+    return _decode_at(1 if type_.quantized else _BULK, source, target, index)
 
 
-def _decode_one(_typing: Any, coding: Any, source: Any, target: Any, index: Any) -> Any:
-    return _decode_at(1, coding, source, target, index)
+def _decode_one(_typing: Any, source: Any, target: Any, index: Any) -> Any:
+    return _decode_at(1, source, target, index)
 
 
-_intrinsic: Any = _extending.intrinsic(prefer_literal=True)
-group_size: Any = _intrinsic(_group_size)
-decode_group: Any = _intrinsic(_decode_group)
-decode_one: Any = _intrinsic(_decode_one)
+group_size: Any = _extending.intrinsic(_group_size)
+decode_group: Any = _extending.intrinsic(_decode_group)
+decode_one: Any = _extending.intrinsic(_decode_one)
 
 
-def _decode_blocks(coding: Any, source: Any, target: Any, count: int) -> None:
-    """Decodes ``count`` blocks; compiled, once for each pair."""
-    size = group_size(coding)
+def _decode_blocks(source: Any, target: Any, count: int) -> Any:
+    """Decodes ``count`` blocks and returns 1 (where Numba's C function returns 0, an exception stopped it).
+
+    Compiled, once for each pair.
+    """
+    size = group_size(source)
     groups = count // size
     for group in range(groups):
-        decode_group(coding, source, target, group)
+        decode_group(source, target, group)
     for block in range(groups * size, count):
-        decode_one(coding, source, target, block)
+        decode_one(source, target, block)
+    return _nb.int32(1)
 
 
-def _jit(function: Callable[..., None]) -> Any:
+def _jit(function: Callable[..., Any]) -> Any:
     """Compiles without the interpreter lock and without fast math; cached on disk where a folder can be written to."""
     kernel = _nb.njit(nogil=True, error_model="numpy")(function)
     with suppress(RuntimeError):  # neither beside this file nor in the user's cache

@@ -14,31 +14,46 @@ from asyncload.quant._subprocess import run_module
 from asyncload.quant._yielding import yielding
 
 if TYPE_CHECKING:
-    from asyncload.quant._compiled import Entry
+    from asyncload.quant._compiled import Kernel
 
-__all__ = ["READY", "prepare"]
+__all__ = ["READY", "kernel_address", "prepare"]
 
 Pair = tuple[GGMLType, DType]
 
-READY: Final[dict[Pair, Entry]] = {}
+READY: Final[dict[Pair, Kernel]] = {}
 
 _log: Final = logging.getLogger("asyncload.quant")
 _lock: Final = threading.Lock()
 
 
 def prepare(pairs: Collection[Pair]) -> None:
-    """Fills ``READY`` for these pairs; see ``asyncload.quant.prepare``."""
+    """Fills ``READY`` for these pairs, but for plain copies; see ``asyncload.quant.prepare``."""
+    _check(pairs)
+    _make_ready([pair for pair in dict.fromkeys(pairs) if native_dtype(pair[0]) is not pair[1]])
+
+
+def kernel_address(type: GGMLType, dtype: DType) -> int:  # noqa: A002 - the field's name
+    """The address of a pair's C function; see ``asyncload.quant.kernel_address``."""
+    pair = type, dtype
+    _check([pair])
+    _make_ready([pair])
+    return READY[pair].address
+
+
+def _check(pairs: Collection[Pair]) -> None:
     for type_, dtype in pairs:
         if not can_decode(type_, dtype):
             message = refusal(type_, dtype)
             raise UnsupportedQuantError(message, tensor="", type=type_.name, dtype=str(dtype))
-    wanted = [pair for pair in dict.fromkeys(pairs) if native_dtype(pair[0]) is not pair[1]]
-    if all(pair in READY for pair in wanted):
+
+
+def _make_ready(pairs: Sequence[Pair]) -> None:
+    if all(pair in READY for pair in pairs):
         return
     with _lock, yielding():
         from asyncload.quant._compiled import compile_kernel
 
-        cold = _load(wanted)
+        cold = _load(pairs)
         if cold and _fill_cache(cold):
             cold = _load(cold)
         if cold:
@@ -55,10 +70,10 @@ def _load(pairs: Sequence[Pair]) -> list[Pair]:
     for pair in pairs:
         if pair in READY:
             continue
-        if (entry := load_kernel(*pair)) is None:
+        if (kernel := load_kernel(*pair)) is None:
             cold.append(pair)
         else:
-            READY[pair] = entry
+            READY[pair] = kernel
     return cold
 
 

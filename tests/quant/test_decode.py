@@ -5,7 +5,8 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +16,22 @@ import pytest
 
 from asyncload.errors import RangeError, UnsupportedQuantError
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, can_decode, decode, native_dtype, prepare
+from asyncload.quant import DType, can_decode, decode, kernel_address, native_dtype, prepare
 from tests.quant import oracle
 
 Bytes = npt.NDArray[np.uint8]
+Decode = Callable[[GGMLType, DType, memoryview, memoryview], None]
 KERNELS = [
     (type_, dtype)
     for type_ in GGMLType
     for dtype in DType
     if can_decode(type_, dtype) and native_dtype(type_) is not dtype
 ]
+COPIES = [(type_, dtype) for type_ in GGMLType if (dtype := native_dtype(type_))]
 PAIRS = [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in KERNELS]
+COPIED_PAIRS = [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in COPIES]
+# The address and the three arguments; ctypes lets go of the interpreter lock meanwhile.
+C_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,10 +77,8 @@ def test_pieces_are_the_whole(type_: GGMLType, dtype: DType) -> None:
     assert pieces == decoded(type_, dtype, source).tobytes()
 
 
-@pytest.mark.parametrize("type_", [type_ for type_ in GGMLType if native_dtype(type_)], ids=lambda type_: type_.name)
-def test_what_is_there_already_is_copied(type_: GGMLType) -> None:
-    dtype = native_dtype(type_)
-    assert dtype is not None
+@pytest.mark.parametrize(("type_", "dtype"), COPIED_PAIRS)
+def test_what_is_there_already_is_copied(type_: GGMLType, dtype: DType) -> None:
     source = np.random.default_rng(0).integers(0, 256, 77 * type_.type_size, dtype=np.uint8)
     assert decoded(type_, dtype, source).tobytes() == source.tobytes()
 
@@ -132,6 +136,8 @@ def test_pairs_outside_the_table_are_refused(type_: GGMLType, dtype: DType) -> N
     with pytest.raises(UnsupportedQuantError) as caught:
         decode(type_, dtype, memoryview(b""), memoryview(bytearray()))
     assert (caught.value.type, caught.value.dtype) == (type_.name, str(dtype))
+    with pytest.raises(UnsupportedQuantError, match=f"{type_.name} cannot be decoded to {dtype}"):
+        kernel_address(type_, dtype)
 
 
 @pytest.mark.parametrize("name", ["Q8_1", "Q8_K"])
@@ -184,7 +190,45 @@ def repeated(nbytes: int, period: int) -> Generator[Bytes]:
         assert libc.munmap(base, whole) == 0
 
 
-def test_the_interpreter_runs_while_a_kernel_does() -> None:
+def decode_by_address(type_: GGMLType, dtype: DType, source: memoryview, target: memoryview) -> None:
+    addresses = [np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0 for view in (source, target)]
+    assert C_FUNCTION(kernel_address(type_, dtype))(*addresses, source.nbytes // type_.type_size) == 1
+
+
+@pytest.mark.parametrize(("type_", "dtype"), PAIRS + COPIED_PAIRS)
+def test_the_c_function_does_what_decode_does(type_: GGMLType, dtype: DType) -> None:
+    source = np.random.default_rng(type_).integers(0, 256, 101 * type_.type_size + 1, dtype=np.uint8)[1:]
+    for count in (0, 1, 5, 31, 32, 33, 101):
+        some = source[: count * type_.type_size]
+        wanted = some if native_dtype(type_) is dtype else decoded(type_, dtype, some)
+        target = np.full(wanted.size + 65, 0xA5, np.uint8)
+        decode_by_address(type_, dtype, some.data, target[1:-64].data)
+        assert target[1:-64].tobytes() == wanted.tobytes()
+        assert target[0] == 0xA5
+        assert (target[-64:] == 0xA5).all()
+
+
+def test_a_c_function_stays_where_it_is() -> None:
+    addresses = {pair: kernel_address(*pair) for pair in KERNELS + COPIES}
+    assert len(set(addresses.values())) == len(addresses)
+    assert {pair: kernel_address(*pair) for pair in addresses} == addresses
+
+
+def test_many_threads_are_in_a_c_function_at_once() -> None:
+    source = blocks(GGMLType.Q4_K)
+    wanted = decoded(GGMLType.Q4_K, DType.BFLOAT16, source)
+    targets = [np.empty_like(wanted) for _ in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        calls = [
+            pool.submit(decode_by_address, GGMLType.Q4_K, DType.BFLOAT16, source.data, target.data)
+            for target in targets
+        ]
+    assert not any(call.exception() for call in calls)
+    assert all(target.tobytes() == wanted.tobytes() for target in targets)
+
+
+@pytest.mark.parametrize("decode", [decode, decode_by_address])
+def test_the_interpreter_runs_while_a_kernel_does(decode: Decode) -> None:
     """A target seen half written is only possible if this thread ran while the kernel did.
 
     The switch interval keeps the interpreter from taking turns by itself.
@@ -194,12 +238,12 @@ def test_the_interpreter_runs_while_a_kernel_does() -> None:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
-        assert any(_seen_half_written(source, target) for _ in range(1000))
+        assert any(_seen_half_written(decode, source, target) for _ in range(1000))
     finally:
         sys.setswitchinterval(interval)
 
 
-def _seen_half_written(source: Bytes, target: Bytes) -> bool:
+def _seen_half_written(decode: Decode, source: Bytes, target: Bytes) -> bool:
     target.fill(0xFF)
     arguments = (GGMLType.Q8_0, DType.FLOAT32, source.data, target.data)
     thread = threading.Thread(target=decode, args=arguments)

@@ -130,6 +130,27 @@ def test_a_warm_cache_is_only_read(warm_cache: dict[str, str]) -> None:
     assert files(warm_cache) == filled
 
 
+def test_c_functions_are_found_in_the_cache_with_the_kernels(warm_cache: dict[str, str]) -> None:
+    """Also that of a plain copy, which is compiled once somebody asks for its address."""
+    addresses = """
+import ctypes
+from asyncload.quant import kernel_address
+def by_address(type_, dtype, source, nbytes):
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    target = ctypes.create_string_buffer(nbytes)
+    assert function(kernel_address(type_, dtype))(source, target, len(source) // type_.type_size) == 1
+    return target
+values = memoryview(by_address(GGMLType.Q4_0, DType.FLOAT32, b"\\0\\x3c" + b"\\x80" * 16, 128)).cast("B").cast("f")
+assert values.tolist() == [-8.0] * 16 + [0.0] * 16
+"""
+    known = run(warm_cache, after=addresses)
+    assert (known.passes, known.children, known.hits) == (0, 0, 2)
+    addresses += "assert by_address(GGMLType.I16, DType.INT16, bytes(range(246)), 246).raw == bytes(range(246))"
+    for children in (1, 0):
+        outcome = run(warm_cache, after=addresses)
+        assert (outcome.passes, outcome.children, outcome.hits) == (0, children, 3)
+
+
 def test_what_is_ready_is_not_prepared_again(warm_cache: dict[str, str]) -> None:
     again = "prepare([(GGMLType.Q4_0, DType.FLOAT32)] * 2)\nprepare([])\nprepare([(GGMLType.F16, DType.FLOAT16)])"
     outcome = run(warm_cache, after=again)
