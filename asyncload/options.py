@@ -10,18 +10,24 @@ from typing import Any, Final, Literal, get_args
 
 from asyncload.errors import OptionsError
 
-__all__ = ["DecodeOption", "DeviceKind", "Options", "format_size", "parse_size"]
+__all__ = ["DecodeOption", "DeviceKind", "EngineOption", "Options", "format_size", "parse_size"]
 
+EngineOption = Literal["auto", "native", "python"]
 DecodeOption = Literal["auto", "device", "host"]
 DeviceKind = Literal["cuda", "host"]
 
 _PREFIX: Final = "ASYNCLOAD_"
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 _POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
-# Measured: docs/design/0003-chunk-size-threads-depth.md.
-_CHUNK_SIZES: Final[Mapping[DeviceKind, int]] = {"cuda": 16 << 20, "host": 4 << 20}
+# Measured: docs/design/0003-chunk-size-threads-depth.md and 0005-native-engine.md.
+_CHUNK_SIZE: Final = 4 << 20
+_CUDA_CHUNK_SIZE: Final = 16 << 20  # the Python engine's, for which each chunk costs some Python
 _BUFFERS: Final = 16
+_BUFFERS_PER_THREAD: Final = 2  # the native engine's: while one is copied, the next is read
 _MOST_STAGING: Final = 480 << 20
+_THREADS: Final = 8  # of the Python engine: more fall behind, as they fill the last-level cache
+_NATIVE_THREADS: Final = 12
+_STREAMS: Final = 2
 
 
 def parse_size(text: str) -> int:
@@ -45,33 +51,32 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
-def _default_threads() -> int:
-    """One reader a core that this process may use, up to 8: more fall behind, as they fill the last-level cache."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How a loader works; every field has a default that suits a machine with one GPU.
 
-    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits the device: 16 MiB for CUDA,
-    4 MiB for the host, where reading, decoding and copying share the processor with the event loop. ``staging``
-    (bytes) is the budget of all of them, read scratch included, 0 for 16 chunks and 480 MiB at most;
+    ``engine`` moves the bytes: ``"native"``, the C++ threads of ``asyncload_native``, ``"python"``, or ``"auto"``: the
+    former where it was built. What is not a local file is always read by the Python engine.
+    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB, and 16 MiB for the Python
+    engine with CUDA. ``staging`` (bytes) is the budget of all of them, read scratch included, 0 for two chunks a thread
+    (native), or 16 chunks and 480 MiB at most;
     ``decode`` says where blocks become numbers: on the ``"device"``, on the ``"host"`` before they cross the bus, or
     ``"auto"``: on a CUDA device where it has a kernel, else on the host;
-    ``threads`` the reading and decoding threads; ``streams`` the device streams;
-    ``depth`` the chunks that may be under way on one stream; ``retries`` how often a read that failed for a passing
+    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 12 (native) or 8;
+    ``streams`` the device streams of the Python engine, 0 for two (the native engine has one a thread);
+    ``depth`` the chunks that may be under way on one of these; ``retries`` how often a read that failed for a passing
     reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
     ``nice`` what the worker threads add to the process's niceness, so that an event loop on the same cores runs first;
     ``stall_limit`` the seconds for which the consumers of a layer stream wait for one that keeps a layer;
     ``strict`` holds files to what ggml itself accepts. Raises ``OptionsError`` for a value that cannot be used.
     """
 
+    engine: EngineOption = "auto"
     chunk_size: int = 0
     staging: int = 0
     decode: DecodeOption = "auto"
-    threads: int = field(default_factory=_default_threads)
-    streams: int = 2
+    threads: int = 0
+    streams: int = 0
     depth: int = 2
     retries: int = 3
     retry_delay: float = 0.05
@@ -82,10 +87,9 @@ class Options:
     def __post_init__(self) -> None:
         """Checks every field."""
         least = {"chunk_size": 64 << 10, "threads": 1, "streams": 1, "depth": 1, "retries": 0, "nice": 0}
-        if self.chunk_size == 0:
-            del least["chunk_size"]
+        left_open = {name for name in ("chunk_size", "threads", "streams") if getattr(self, name) == 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
+            if getattr(self, name) < bound and name not in left_open:
                 raise OptionsError(f"{name} is {getattr(self, name)}, at least {bound} is needed", option=name)
         if not 0 <= self.retry_delay < float("inf"):
             raise OptionsError(
@@ -95,18 +99,27 @@ class Options:
             raise OptionsError(f"stall_limit is {self.stall_limit}, it must be positive", option="stall_limit")
         if self.chunk_size % 4096:
             raise OptionsError(f"chunk_size is {self.chunk_size}, no multiple of 4096", option="chunk_size")
-        if self.decode not in get_args(DecodeOption):
-            raise OptionsError(f"decode is {self.decode!r}: use 'auto', 'device' or 'host'", option="decode")
+        for name, choices in (("decode", get_args(DecodeOption)), ("engine", get_args(EngineOption))):
+            if getattr(self, name) not in choices:
+                raise OptionsError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(choices)}", option=name)
         if self.staging < 2 * self.chunk_size and self.staging != 0:
             raise OptionsError(
                 f"staging is {self.staging}, it must hold two chunks of {self.chunk_size} bytes", option="staging"
             )
 
     def suited_to(self, kind: DeviceKind) -> Options:
-        """The same options with the sizes that suit a kind of device where they were left open."""
-        chunk_size = self.chunk_size or _CHUNK_SIZES[kind]
-        staging = self.staging or max(min(_BUFFERS * chunk_size, _MOST_STAGING), 2 * chunk_size)
-        return replace(self, chunk_size=chunk_size, staging=staging)
+        """The same options with the sizes that suit a kind of device, and the engine, where they were left open."""
+        cores = len(os.sched_getaffinity(0))
+        if self.engine == "python":
+            chunk_size = self.chunk_size or (_CUDA_CHUNK_SIZE if kind == "cuda" else _CHUNK_SIZE)
+            threads, streams = self.threads or min(_THREADS, cores), self.streams or _STREAMS
+            staging = self.staging or max(min(_BUFFERS * chunk_size, _MOST_STAGING), 2 * chunk_size)
+        else:
+            chunk_size = self.chunk_size or _CHUNK_SIZE
+            threads = self.threads or min(_NATIVE_THREADS, cores)
+            staging = self.staging or max(min(_BUFFERS_PER_THREAD * threads * chunk_size, _MOST_STAGING), 2 * chunk_size)
+            streams = threads = min(threads, staging // chunk_size)
+        return replace(self, chunk_size=chunk_size, staging=staging, threads=threads, streams=streams)
 
     @property
     def buffers(self) -> int:
@@ -115,7 +128,7 @@ class Options:
 
     @property
     def scratch(self) -> int:
-        """Bytes in which a device decodes, a chunk for each stream, once the chunk's size stands."""
+        """Bytes in which a device decodes, a chunk for each stream, once these stand."""
         return self.streams * self.chunk_size
 
     @classmethod
@@ -129,6 +142,7 @@ class Options:
             "chunk_size": parse_size,
             "staging": parse_size,
             "decode": str,
+            "engine": str,
             "retry_delay": float,
             "stall_limit": float,
             "strict": _parse_bool,

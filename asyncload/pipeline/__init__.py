@@ -1,10 +1,10 @@
-"""The only tasks: producers read and decode, a bounded queue, consumers feed the device's streams."""
+"""The only tasks: what moves bytes from sources to a device, in Python or in C++ threads."""
 
 from __future__ import annotations
 
+from asyncload.pipeline._backend import Backend, Sink, Transfer
 from asyncload.pipeline._engine import Engine
 from asyncload.pipeline._read import read_patiently
 from asyncload.pipeline._stats import LoadStats, StageStats
-from asyncload.pipeline._transfer import Sink, Transfer
 
-__all__ = ["Engine", "LoadStats", "Sink", "StageStats", "Transfer", "read_patiently"]
+__all__ = ["Backend", "Engine", "LoadStats", "Sink", "StageStats", "Transfer", "read_patiently"]

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -22,36 +23,19 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from asyncload.device import DeviceMemory, Stream
 from asyncload.errors import CopyError, DeviceError
 from asyncload.memory import StagingBuffer
-from asyncload.pipeline._engine import Engine
+from asyncload.pipeline._backend import Sink
 from asyncload.pipeline._read import read_patiently
-from asyncload.pipeline._stats import Stats
+from asyncload.pipeline._stats import LoadStats, Stats
 from asyncload.pipeline._streams import StreamWorker
 from asyncload.plan import Chunk, Decode, LoadPlan
 from asyncload.quant import decode
 from asyncload.source import BlockingSource, Source, check_read
 from asyncload.threads import LoopHandle, settle
 
-__all__ = ["Sink", "Transfer"]
+if TYPE_CHECKING:
+    from asyncload.pipeline._python import PythonBackend
 
-
-class Sink:
-    """What a transfer asks of the one who runs it; all methods but ``before`` run on the event loop."""
-
-    async def admit(self, chunk: Chunk) -> None:
-        """Waits until the tensors of a new group may be moved; called once for each group, in order."""
-
-    def target(self, tensor: int) -> DeviceMemory:
-        """Where a tensor goes; its group has been admitted."""
-        raise NotImplementedError
-
-    def before(self, stream: Stream) -> None:
-        """Called on the stream's thread before a chunk is enqueued, to make the stream wait for what still uses it."""
-
-    def landed(self, tensor: int) -> None:
-        """All bytes of a tensor are on the device."""
-
-    def moved(self, nbytes: int) -> None:
-        """That many bytes more of the tensors are on the device."""
+__all__ = ["PythonTransfer"]
 
 
 @dataclass(slots=True)
@@ -67,22 +51,22 @@ class _Arrival:
     error: BaseException | None
 
 
-class Transfer:
+class PythonTransfer:
     """Moves the tensors of a plan from their sources into device memory, once, but for those to skip."""
 
     def __init__(
-        self, engine: Engine, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
+        self, backend: PythonBackend, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int]
     ) -> None:
-        self._engine, self._plan, self._sink = engine, plan, sink
+        self._backend, self._plan, self._sink = backend, plan, sink
         # asked once: isinstance of a protocol looks at all of its members
         self._sources = [(source, source if isinstance(source, BlockingSource) else None) for source in sources]
-        self.stats = Stats(engine.options)
+        self._stats = Stats(backend.options)
         self._chunks: Iterator[Chunk] = plan.chunks(skip)
         self._group = -1
         self._next_chunk = anyio.Lock(fast_acquire=True)
         self._missing = [tensor.nbytes for tensor in plan.tensors]
         self._tensors_left = len(plan.tensors) - len(skip)
-        self._share = engine.staging.share()
+        self._share = backend.staging.share()
         self._scratch: Sequence[DeviceMemory] = ()  # by stream; only where the device decodes
         self._held: set[StagingBuffer] = set()  # touched on the loop only
         self._loop = LoopHandle()
@@ -93,12 +77,12 @@ class Transfer:
         self._finished = anyio.Event()
         self._error: BaseException | None = None
 
-    async def run(self) -> None:
-        """Moves everything; returns when the last event has passed.
+    def stats(self) -> LoadStats:
+        """Where its time went, until now."""
+        return self._stats.result()
 
-        Raises the first error of a source, a copy or the sink. However it ends, no thread and no copy of this transfer
-        is under way any more, and all staging memory is back.
-        """
+    async def run(self) -> None:
+        """Moves everything."""
         try:
             await self._run_tasks()
         finally:
@@ -106,7 +90,7 @@ class Transfer:
                 await self._drain()
             finally:  # the wait ends with the cancellation that it outlasted
                 if self._scratch:
-                    self._engine.scratch.release()
+                    self._backend.scratch.release()
         error, self._error = self._error, None
         if error is not None:
             try:
@@ -118,8 +102,8 @@ class Transfer:
         if not self._tensors_left:
             return
         if self._plan.kernels(Decode.DEVICE):
-            await self._engine.callers.run(self._acquire_scratch)
-        options, streams = self._engine.options, self._engine.streams
+            await self._backend.callers.run(self._acquire_scratch)
+        options, streams = self._backend.options, self._backend.streams
         send, receive = anyio.create_memory_object_stream[_Filled](options.buffers)
         with send, receive:
             async with anyio.create_task_group() as group:
@@ -133,7 +117,7 @@ class Transfer:
             raise anyio.get_cancelled_exc_class()
 
     def _acquire_scratch(self) -> None:
-        self._scratch = self._engine.scratch.acquire()
+        self._scratch = self._backend.scratch.acquire()
 
     async def _drain(self) -> None:
         for buffer in self._held:
@@ -167,7 +151,7 @@ class Transfer:
                     return
                 if chunk.group != self._group:
                     self._group = chunk.group
-                    await self._sink.admit(chunk)
+                    await self._sink.admit([segment.tensor for segment in chunk.segments])
                 buffer = await self._share.acquire()
                 self._held.add(buffer)
             await self._fill(chunk, buffer)
@@ -179,16 +163,16 @@ class Transfer:
 
         async def read() -> None:
             if blocking is not None:
-                await self._engine.readers.run(self._read_and_decode, blocking, chunk, buffer)
+                await self._backend.readers.run(self._read_and_decode, blocking, chunk, buffer)
                 return
-            with self.stats.working("read", chunk.nbytes):
+            with self._stats.working("read", chunk.nbytes):
                 await source.read_into(chunk.offset, buffer.view[: chunk.nbytes])
-            await self._engine.readers.run(self._decode, chunk, buffer)
+            await self._backend.readers.run(self._decode, chunk, buffer)
 
-        await read_patiently(self._engine.options, read, self.stats.retried)
+        await read_patiently(self._backend.options, read, self._stats.retried)
 
     def _read_and_decode(self, source: BlockingSource, chunk: Chunk, buffer: StagingBuffer) -> None:
-        with self.stats.working("read", chunk.nbytes):
+        with self._stats.working("read", chunk.nbytes):
             source.read_into_blocking(chunk.offset, buffer.view[: chunk.nbytes])
         self._decode(chunk, buffer)
 
@@ -196,7 +180,7 @@ class Transfer:
         for segment in chunk.segments:
             tensor = self._plan.tensors[segment.tensor]
             if tensor.decode is Decode.HOST and segment.target_nbytes:
-                with self.stats.working("decode", segment.target_nbytes):
+                with self._stats.working("decode", segment.target_nbytes):
                     decode(
                         tensor.info.type,
                         tensor.dtype,
@@ -222,7 +206,8 @@ class Transfer:
     ) -> None:
         """Enqueues a chunk's copies and kernels; on the stream's thread."""
         buffer = filled.buffer
-        self._sink.before(stream)
+        for event in self._sink.after:
+            stream.wait(event)
         for segment, target in zip(filled.chunk.segments, targets, strict=True):
             if not segment.target_nbytes:
                 continue
@@ -238,7 +223,7 @@ class Transfer:
 
     def _passed(self, filled: _Filled, stream: StreamWorker, error: BaseException | None, begin: float) -> None:
         """An event has passed; on the stream's thread."""
-        self.stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes, filled.chunk.target_nbytes)
+        self._stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes, filled.chunk.target_nbytes)
         try:
             filled.buffer.release()
         except DeviceError as failure:

@@ -1,0 +1,81 @@
+"""What moves bytes: the contract of its two implementations, and of those who have bytes moved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal, Protocol
+
+from asyncload.device import DeviceMemory, Event
+from asyncload.memory import Scratch
+from asyncload.options import Options
+from asyncload.pipeline._stats import LoadStats
+from asyncload.plan import LoadPlan
+from asyncload.source import Source
+
+__all__ = ["Backend", "Sink", "Transfer"]
+
+
+class Sink:
+    """What a transfer asks of the one who runs it; on the event loop.
+
+    ``hears`` of what happens as it happens, at least: of chunks that have moved, of tensors that have landed, or of
+    nothing before the end; what it need not hear at once it may be told later. ``limits`` says that ``admit`` may wait.
+    ``after`` are the events after which the targets may be written; the device waits for them.
+    """
+
+    hears: Literal["chunk", "tensor", "end"] = "chunk"
+    limits: bool = False
+    after: Sequence[Event] = ()
+
+    async def admit(self, tensors: Sequence[int]) -> None:
+        """Waits until the tensors of a new group may be moved; called once for each group, in order."""
+
+    def target(self, tensor: int) -> DeviceMemory:
+        """Where a tensor goes; its group has been admitted."""
+        raise NotImplementedError
+
+    def landed(self, tensor: int) -> None:
+        """All bytes of a tensor are on the device."""
+
+    def moved(self, nbytes: int) -> None:
+        """That many bytes more of the tensors are on the device."""
+
+
+class Transfer(Protocol):
+    """Moves the tensors of a plan from their sources into device memory, once."""
+
+    def stats(self) -> LoadStats:
+        """Where its time went, until now."""
+        ...
+
+    async def run(self) -> None:
+        """Moves everything; returns when the last event has passed.
+
+        Raises the first error of a source, a copy or the sink. However it ends, no thread and no copy of this transfer
+        is under way any more, and all staging memory is back.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """Threads, streams and staging memory that move bytes for all loads of a loader; closing it blocks.
+
+    ``options`` are the loader's with the sizes that suit this backend, ``scratch`` is what its streams decode in.
+    """
+
+    @property
+    def options(self) -> Options: ...
+    @property
+    def scratch(self) -> Scratch: ...
+    def transfer(
+        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
+    ) -> Transfer:
+        """A transfer of a plan's tensors, but for those to skip, by their index."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Whether no staging buffer is in use."""
+        ...
+
+    def close(self) -> None: ...
