@@ -117,7 +117,9 @@ class Options:
         else:
             chunk_size = self.chunk_size or _CHUNK_SIZE
             threads = self.threads or min(_NATIVE_THREADS, cores)
-            staging = self.staging or max(min(_BUFFERS_PER_THREAD * threads * chunk_size, _MOST_STAGING), 2 * chunk_size)
+            staging = self.staging or max(
+                min(_BUFFERS_PER_THREAD * threads * chunk_size, _MOST_STAGING), 2 * chunk_size
+            )
             streams = threads = min(threads, staging // chunk_size)
         return replace(self, chunk_size=chunk_size, staging=staging, threads=threads, streams=streams)
 

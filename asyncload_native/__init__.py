@@ -4,6 +4,42 @@
 ImportError.
 """
 
-from asyncload_native._native import compiler, version
+from asyncload_native._native import (
+    CudaDevice,
+    CudaError,
+    Device,
+    DeviceError,
+    Driver,
+    DriverUnavailableError,
+    Engine,
+    Failure,
+    FailureKind,
+    File,
+    HostDevice,
+    Job,
+    News,
+    Times,
+    Wake,
+    compiler,
+    version,
+)
 
-__all__ = ["compiler", "version"]
+__all__ = [
+    "CudaDevice",
+    "CudaError",
+    "Device",
+    "DeviceError",
+    "Driver",
+    "DriverUnavailableError",
+    "Engine",
+    "Failure",
+    "FailureKind",
+    "File",
+    "HostDevice",
+    "Job",
+    "News",
+    "Times",
+    "Wake",
+    "compiler",
+    "version",
+]

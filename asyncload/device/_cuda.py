@@ -277,6 +277,7 @@ class CudaDevice:
             attribute.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
         ]
         self._preparing = threading.Lock()
+        self._native: Any = None
         self.kernels: dict[tuple[GGMLType, DType], Any] = {}  #: that streams can launch
         with _mapping_errors(name, "the device could not be opened"):
             model = str(core.Device(index).name)
@@ -471,6 +472,21 @@ class CudaDevice:
             else:
                 device.sync()  # an event that was never recorded counts as passed
         return CudaEvent(self._name, event, DeviceError)
+
+    # For C++ threads
+
+    def native(self) -> Any:
+        """The same device, in the same context, through a table of the driver's functions."""
+        if self._native is None:
+            module = _load("asyncload_native")
+            with _mapping_errors(self._name, "the native engine cannot use the device"):
+                self._native = module.CudaDevice(module.Driver(), self._index)
+        return self._native
+
+    def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002 - the field's name
+        """A prepared kernel's function."""
+        kernel = self.kernels[type, dtype]
+        return kernel.handle, kernel.blocks_per_group
 
     def close(self) -> None:
         """Does nothing: there are no threads, and the primary context is kept for whoever holds memory."""

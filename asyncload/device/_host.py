@@ -13,13 +13,15 @@ import platform
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
+from importlib import import_module
+from typing import Any
 
 from asyncload.device._contract import DeviceInfo, DeviceMemory, MemoryInfo, Residency, check_download
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, PassedAll
 from asyncload.device._pages import Pages
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
 from asyncload.gguf import GGMLType
-from asyncload.quant import DType, prepare
+from asyncload.quant import DType, kernel_address, prepare
 
 __all__ = ["HostDevice", "HostStaging"]
 
@@ -87,6 +89,7 @@ class HostDevice:
         self._opened = 0
         self._held: list[Hold] = []
         self._prepared: set[tuple[GGMLType, DType]] = set()
+        self._native: Any = None
         self._thread = threading.local()
         self.attach()
 
@@ -103,6 +106,7 @@ class HostDevice:
     @bandwidth.setter
     def bandwidth(self, value: float | None) -> None:
         self._engine.bandwidth = value
+        self._pace_native()
 
     @property
     def latency(self) -> float:
@@ -112,6 +116,7 @@ class HostDevice:
     @latency.setter
     def latency(self, value: float) -> None:
         self._engine.latency = value
+        self._pace_native()
 
     def attach(self) -> None:
         """Notes that the calling thread may use streams."""
@@ -244,6 +249,24 @@ class HostDevice:
             self._held = [held for held in self._held if not held.is_set()]
             return PassedAll([*(stream.mark() for stream in self._streams), *self._held])
 
+    def native(self) -> Any:
+        """The same device for C++ threads: their copies are slowed, poisoned and made to fail like those of streams."""
+        with self._lock:
+            if self._native is None:
+                self._native = import_module("asyncload_native").HostDevice()
+                self._pace_native()
+                for number in self._engine.failing():
+                    self._native.fail_copy(number)
+            return self._native
+
+    def _pace_native(self) -> None:
+        if self._native is not None:
+            self._native.set_pace(self.bandwidth or 0.0, self.latency, poison=self._poison)
+
+    def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002 - the field's name
+        """The host's kernel."""
+        return kernel_address(type, dtype), 1
+
     def close(self) -> None:
         """Closes streams that are still open."""
         with self._lock:
@@ -266,3 +289,5 @@ class HostDevice:
         Its stream's next event raises ``CopyError``, or, if it is to be ``refused``, the call of ``upload`` does.
         """
         self._engine.fail(number, refused=refused)
+        if self._native is not None:
+            self._native.fail_copy(number)

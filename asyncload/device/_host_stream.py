@@ -75,6 +75,13 @@ class CopyEngine:
         with self._lock:
             (self._to_refuse if refused else self._to_fail).add(self._accepted + number)
 
+    def failing(self) -> list[int]:
+        """Which copies are to fail, or to be refused, counted from now on."""
+        with self._lock:
+            return sorted(
+                number - self._accepted for number in self._to_fail | self._to_refuse if number > self._accepted
+            )
+
     def accept(self, target: DeviceMemory, source: DeviceMemory) -> _Copy:
         """Counts a copy as under way. Raises ``CopyError`` if it is to be refused."""
         with self._lock:

@@ -10,7 +10,7 @@ from asyncload.layers._scheduler import Fed
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
 from asyncload.memory import Allocation, Purpose
-from asyncload.pipeline import Engine, Sink, Transfer
+from asyncload.pipeline import Engine, Sink
 from asyncload.plan import Decode, LayerPlan, TensorPlan
 from asyncload.source import Source
 from asyncload.threads import Threads
@@ -29,12 +29,12 @@ class SlabFeed:
         """Opens streams and scratch; blocks."""
         self._device = engine.device
         self._slabs = slabs
-        self._thread = Threads(1, "asyncload-layers", nice=engine.options.nice)
-        self._piece = engine.options.chunk_size
+        self._thread = Threads(1, "asyncload-layers", nice=engine.python.options.nice)
+        self._piece = engine.python.options.chunk_size
         self._streams: list[Stream] = []
         self._scratch: list[Allocation] = []
         try:
-            for index in range(engine.options.streams if decodes else 1):
+            for index in range(engine.python.options.streams if decodes else 1):
                 self._streams.append(engine.device.stream())
                 if decodes:
                     description = f"packed bytes of layers, stream {index}"
@@ -110,16 +110,11 @@ class _SlotSink(Sink):
 
     def __init__(self, layer: LayerPlan, slot: Slot) -> None:
         self._targets = [slot.memory.part(offset, tensor.nbytes) for tensor, offset in layer.placed]
-        self._busy = slot.busy
+        self.after = slot.busy
 
     def target(self, tensor: int) -> DeviceMemory:
         """Its part of the slot."""
         return self._targets[tensor]
-
-    def before(self, stream: Stream) -> None:
-        """The stream waits, on the device."""
-        for event in self._busy:
-            stream.wait(event)
 
 
 class FileFeed:
@@ -131,19 +126,19 @@ class FileFeed:
 
     def __init__(self, engine: Engine, sources: Sequence[Source], *, decodes: bool) -> None:
         """Blocks."""
-        self._engine = engine
+        self._backend = engine.python
         self._sources = sources
         self._decodes = decodes
         if decodes:
-            engine.scratch.acquire()
+            self._backend.scratch.acquire()
 
     async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
         """Moves a layer, to its arrival."""
-        await Transfer(self._engine, layer.load, self._sources, _SlotSink(layer, slot)).run()
+        await self._backend.transfer(layer.load, self._sources, _SlotSink(layer, slot)).run()
         slot.busy = []  # the copies came behind it, and have arrived
         return Fed()
 
     def close(self) -> None:
         """Gives the scratch back."""
         if self._decodes:
-            self._engine.scratch.release()
+            self._backend.scratch.release()

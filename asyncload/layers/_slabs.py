@@ -40,11 +40,11 @@ class Slabs:
     async def fill(self, sources: Sequence[Source]) -> None:
         """Reads all layers, on the engine's reading threads; raises the first of what the sources raise."""
         errors: list[Exception] = []
-        room = anyio.Semaphore(self._engine.options.threads + 1)
+        room = anyio.Semaphore(self._engine.python.options.threads + 1)
 
         async def work(read: Callable[[], Awaitable[None]]) -> None:
             try:
-                await read_patiently(self._engine.options, read)
+                await read_patiently(self._engine.python.options, read)
             except Exception as error:  # noqa: BLE001 - raised below, without the task group's wrapping
                 errors.append(error)
                 group.cancel_scope.cancel()
@@ -65,7 +65,7 @@ class Slabs:
                 slab, info = self._memory[layer.number].view[offset:], tensor.info
                 by_host = tensor.decode is Decode.HOST
                 before, after = (info.type.type_size, tensor.block_nbytes) if by_host else (1, 1)
-                step = max(1, self._engine.options.chunk_size // (before + after)) * before
+                step = max(1, self._engine.python.options.chunk_size // (before + after)) * before
                 for start in range(0, info.nbytes, step):
                     nbytes = min(step, info.nbytes - start)
                     target = slab[start // before * after : (start + nbytes) // before * after]
@@ -94,11 +94,11 @@ class _Piece:
         by_host = self.tensor.decode is Decode.HOST
         buffer = memoryview(bytearray(self.nbytes)) if by_host else self.target
         if isinstance(self.source, BlockingSource):
-            await engine.readers.run(self.source.read_into_blocking, self.offset, buffer)
+            await engine.python.readers.run(self.source.read_into_blocking, self.offset, buffer)
         else:
             await self.source.read_into(self.offset, buffer)
         if by_host:
-            await engine.readers.run(decode, self.tensor.info.type, self.tensor.dtype, buffer, self.target)
+            await engine.python.readers.run(decode, self.tensor.info.type, self.tensor.dtype, buffer, self.target)
 
 
 def places(layer: LayerPlan) -> Iterator[tuple[TensorPlan, int, int]]:

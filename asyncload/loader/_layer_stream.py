@@ -257,9 +257,9 @@ class LayerStream:
                 **self._request.memory,
             )
 
-        plan = make(engine.options)
+        plan = make(engine.python.options)
         if not prepare_kernels(engine, plan.kernels):
-            plan = make(replace(engine.options, decode="host"))
+            plan = make(replace(engine.python.options, decode="host"))
             prepare_kernels(engine, plan.kernels)
         plan.load.check_sources([source.size for source in opened.sources])
         return plan

@@ -24,7 +24,7 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
             session.begin()
             begun = True
             await session.transfer.run()
-            stats = session.transfer.stats.result()
+            stats = session.transfer.stats()
             await session.finish()
         session.meter.done()
         tensors, session.tensors = session.tensors, {}  # the model's alone from here on

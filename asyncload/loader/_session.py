@@ -14,7 +14,7 @@ from asyncload.loader._open import ModelPath, OpenedModel, pause
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
 from asyncload.options import DecodeOption
-from asyncload.pipeline import Engine, Sink, Transfer
+from asyncload.pipeline import Backend, Engine, Sink, Transfer
 from asyncload.plan import DtypeSpec, LoadPlan, Selection, plan_load
 from asyncload.quant.cuda import ALIGNMENT
 from asyncload.telemetry import ProgressCallback, ProgressMeter
@@ -39,7 +39,9 @@ class Request:
 class Session(Sink):
     """What all ways to load have in common; its blocking work runs on the engine's calling threads."""
 
+    hears = "end"
     plan: LoadPlan
+    backend: Backend
     meter: ProgressMeter
     transfer: Transfer
 
@@ -61,6 +63,7 @@ class Session(Sink):
         self.engine.device.attach()
         targets = {name: borrow(buffer, tensor_name=name) for name, buffer in into.items()}
         unaligned = {name for name, target in targets.items() if target.address % ALIGNMENT}
+        self.backend = self.engine.backend(self.opened.sources)
         self.plan = self._plan(self.engine.options.decode, unaligned)
         self.plan.check_sources([source.size for source in self.opened.sources])
         if not prepare_kernels(self.engine, self.plan.kernels):
@@ -74,7 +77,7 @@ class Session(Sink):
             self.opened.header,
             dtype=self.request.dtype,
             select=self.request.select,
-            chunk_size=self.engine.options.chunk_size,
+            chunk_size=self.backend.options.chunk_size,
             decode=decode,
             device=self.engine.device.info.kind,
             unaligned=unaligned,
@@ -95,7 +98,7 @@ class Session(Sink):
     def begin(self) -> None:
         """Makes the transfer of what is not there yet; on the loop."""
         there = [self.plan.tensors[index] for index in self.landed_tensors]
-        self.transfer = Transfer(self.engine, self.plan, self.opened.sources, self, skip=self.landed_tensors)
+        self.transfer = self.backend.transfer(self.plan, self.opened.sources, self, skip=self.landed_tensors)
         self.meter = ProgressMeter(
             self.opened.name,
             nbytes=self.plan.device_nbytes,
@@ -103,6 +106,7 @@ class Session(Sink):
             callback=self.request.progress,
             resumed=(sum(tensor.nbytes for tensor in there), len(there)),
         )
+        self.hears = "chunk" if self.meter.listens else self.hears
         self.meter.start()
 
     async def allocate(self, tensors: Collection[int]) -> None:

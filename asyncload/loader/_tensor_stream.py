@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -18,7 +18,6 @@ from asyncload.gguf import Header
 from asyncload.loader._session import Request, Session
 from asyncload.model import Tensor
 from asyncload.pipeline import Engine
-from asyncload.plan import Chunk
 from asyncload.telemetry import ending
 
 __all__ = ["TensorStream"]
@@ -27,6 +26,9 @@ __all__ = ["TensorStream"]
 class _Window(Session):
     """A session whose tensors are begun only while those begun and not yet taken stay within ``ahead`` bytes."""
 
+    hears = "tensor"
+    limits = True
+
     def __init__(self, engine: Engine, request: Request, ahead: int) -> None:
         super().__init__(engine, request)
         self._ahead = ahead
@@ -34,13 +36,12 @@ class _Window(Session):
         self.ready: deque[int] = deque()
         self.changed = anyio.Event()
 
-    async def admit(self, chunk: Chunk) -> None:
-        indices = [segment.tensor for segment in chunk.segments]
-        nbytes = sum(self.plan.tensors[index].nbytes for index in indices)
+    async def admit(self, tensors: Sequence[int]) -> None:
+        nbytes = sum(self.plan.tensors[index].nbytes for index in tensors)
         while self._outstanding and self._outstanding + nbytes > self._ahead:
             await self.changed.wait()
         self._outstanding += nbytes
-        await self.allocate(indices)
+        await self.allocate(tensors)
 
     def landed(self, tensor: int) -> None:
         super().landed(tensor)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from asyncload.options import Options
 
-__all__ = ["LoadStats", "StageStats", "Stats"]
+__all__ = ["LoadStats", "StageStats", "Stats", "load_stats", "stage_workers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,34 @@ class LoadStats:
         return "decode" if decode.seconds > read.seconds else "read"
 
 
+def load_stats(
+    wall: float,
+    workers: Mapping[str, int],
+    seconds: Mapping[str, float],
+    nbytes: Mapping[str, int],
+    landed: int,
+    retries: int,
+) -> LoadStats:
+    """A load's figures out of the sums for each stage."""
+    stages = {
+        stage: StageStats(seconds[stage], nbytes[stage], count, seconds[stage] / (wall * count) if wall else 0.0)
+        for stage, count in workers.items()
+    }
+    return LoadStats(wall, stages, landed, retries)
+
+
+def stage_workers(options: Options) -> dict[str, int]:
+    """How many threads work at each stage; copies overlap, so that one stands for all of their streams."""
+    return {"read": options.threads, "decode": options.threads, "upload": 1}
+
+
 class Stats:
     """Collects a load's figures; thread-safe."""
 
     def __init__(self, options: Options) -> None:
         self._lock = threading.Lock()
         self._begin = begin = time.perf_counter()
-        self._workers = {"read": options.threads, "decode": options.threads, "upload": 1}
+        self._workers = stage_workers(options)
         self._seconds = dict.fromkeys(self._workers, 0.0)
         self._nbytes = dict.fromkeys(self._workers, 0)
         self._upload_until = begin
@@ -105,15 +126,4 @@ class Stats:
         """The figures until now."""
         with self._lock:
             wall = time.perf_counter() - self._begin
-            seconds = self._seconds
-            return LoadStats(
-                wall,
-                {
-                    stage: StageStats(
-                        seconds[stage], self._nbytes[stage], workers, seconds[stage] / (wall * workers) if wall else 0.0
-                    )
-                    for stage, workers in self._workers.items()
-                },
-                self._landed,
-                self.retries,
-            )
+            return load_stats(wall, self._workers, self._seconds, self._nbytes, self._landed, self.retries)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from asyncload.source._contract import BlockingSource, Source, check_read
+from asyncload.source._contract import BlockingSource, LocalSource, Source, check_read
 from asyncload.source._file import FileSource
 from asyncload.source._memory import MemorySource
 
-__all__ = ["BlockingSource", "MemorySource", "Source", "check_read", "open_source"]
+__all__ = ["BlockingSource", "LocalSource", "MemorySource", "Source", "check_read", "open_source"]
 
 
 def open_source(path: str | os.PathLike[str]) -> BlockingSource:

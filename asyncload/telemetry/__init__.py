@@ -56,6 +56,11 @@ class ProgressMeter:
         self._tensors_total = tensors
         self._tenth = 0
 
+    @property
+    def listens(self) -> bool:
+        """Whether anybody hears of a chunk before the end."""
+        return self._callback is not None or (self._bytes_total > _LONG and _log.isEnabledFor(logging.INFO))
+
     def start(self) -> None:
         """The plan stands."""
         _log.info("%s: loading %d tensors, %s", self._name, self._tensors_total, format_size(self._bytes_total))

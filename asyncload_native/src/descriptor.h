@@ -9,7 +9,7 @@ namespace asyncload {
 
 // Closes with its owner; -1 for none.
 class Descriptor {
-public:
+  public:
     Descriptor() = default;
     explicit Descriptor(int fd) noexcept : fd_(fd) {}
     Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
@@ -23,7 +23,7 @@ public:
 
     int get() const noexcept { return fd_; }
 
-private:
+  private:
     int fd_ = -1;
 };
 

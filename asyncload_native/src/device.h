@@ -62,7 +62,7 @@ class Stream {
     virtual std::uint64_t handle() const noexcept = 0;
 };
 
-class Device {
+class Device : public std::enable_shared_from_this<Device> {
   public:
     virtual ~Device() = default;
     // Makes it the calling thread's; cheap when it is already.

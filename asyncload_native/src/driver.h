@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -76,7 +77,7 @@ class DriverFunction {
 };
 
 // The table of functions. It is not started (cuInit) and never unloaded: the driver has threads of its own.
-class Driver {
+class Driver : public std::enable_shared_from_this<Driver> {
     void* library_;  // before the functions, which are found in it
 
   public:

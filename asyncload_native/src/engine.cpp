@@ -236,11 +236,11 @@ class Engine::Worker {
         const auto kind = error.kind == ended     ? Failure::Kind::ended
                           : error.kind == changed ? Failure::Kind::changed
                                                   : Failure::Kind::read;
-        return {kind, tensor, file, error.offset, error.error_number, {}, error.what()};
+        return {kind, tensor, file, error.offset, error.error_number, error.transient(), {}, error.what()};
     }
 
     static Failure describe(const DeviceError& error, Failure::Kind kind, std::uint32_t tensor) {
-        return {kind, tensor, 0, 0, 0, error.name(), error.what()};
+        return {kind, tensor, 0, 0, 0, false, error.name(), error.what()};
     }
 
     Engine& engine_;
@@ -273,10 +273,11 @@ void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std:
     job->scratch_ = std::move(scratch);
     job->after_ = std::move(after);
     job->begun_.assign(options_.threads, false);
-    if (closing_) job->stopped_ = true;
-    jobs_.push_back(std::move(job));
-    const auto last = jobs_.back();
-    if (last->cut_.chunks.empty() || closing_) stop(*last);
+    jobs_.push_back(job);
+    if (closing_)
+        stop(*job);
+    else
+        end_if_done(*job);
     changed_.notify_all();
 }
 
@@ -296,13 +297,22 @@ void Engine::cancel(Job& job) {
 void Engine::stop(Job& job) {
     job.stopped_ = true;
     job.next_ = job.cut_.chunks.size();
-    if (job.under_way_ > 0) return;
+    end_if_done(job);
+}
+
+void Engine::end_if_done(Job& job) {
+    if (job.next_ < job.cut_.chunks.size() || job.under_way_ > 0) return;
     const auto found = std::ranges::find_if(jobs_, [&](const auto& other) { return other.get() == &job; });
     if (found == jobs_.end()) return;
     const auto kept = std::move(*found);
     jobs_.erase(found);
     const std::lock_guard lock(job.mutex_);
     job.settle();
+}
+
+bool Engine::busy() const {
+    const std::lock_guard lock(mutex_);
+    return std::ranges::any_of(jobs_, [](const auto& job) { return job->under_way_ > 0; });
 }
 
 void Engine::close() {
@@ -352,7 +362,10 @@ void Engine::report(const Task& task, End end, Failure failure) {
             job.arrived(*task.chunk);
     }
     if (end == End::failed) changed_.notify_all();  // others may wait to read again
-    if (end == End::failed || job.next_ == job.cut_.chunks.size()) stop(job);
+    if (end == End::failed)
+        stop(job);
+    else
+        end_if_done(job);
 }
 
 bool Engine::pause(const Job& job, double seconds) {

@@ -46,6 +46,8 @@ class Engine {
     void admit(Job& job, std::uint32_t groups, std::size_t first, const std::vector<Address>& targets);
     // Takes no further chunk of it; it ends once nothing of it is under way.
     void cancel(Job& job);
+    // Whether a job uses a staging buffer.
+    bool busy() const;
     // Cancels all jobs, waits until nothing is under way, and ends the threads.
     void close();
 
@@ -60,7 +62,9 @@ class Engine {
     };
 
     std::optional<Task> take(bool wait);
-    void stop(Job& job);  // under the lock
+    // Under the lock:
+    void stop(Job& job);
+    void end_if_done(Job& job);
     // A chunk has ended: it arrived, or failed, or was given up.
     enum class End : std::uint8_t { arrived, failed, given_up };
     void report(const Task& task, End end, Failure failure = {});
@@ -68,7 +72,7 @@ class Engine {
 
     const std::shared_ptr<Device> device_;
     const Options options_;
-    std::mutex mutex_;
+    mutable std::mutex mutex_;
     std::condition_variable changed_;
     std::deque<std::shared_ptr<Job>> jobs_;  // that have not ended
     bool closing_ = false;

@@ -14,7 +14,9 @@ namespace asyncload {
 
 namespace {
 
-std::string describe(int error_number) { return std::generic_category().message(error_number); }
+std::string describe(int error_number) {
+    return std::generic_category().message(error_number);
+}
 
 // A FIFO would hold its opener until somebody writes to it. Throws errno.
 Descriptor open_for_reading(const std::string& path, int flags) {
@@ -44,9 +46,10 @@ Alignment probe_alignment(int fd) {
 
 Alignment find_alignment(int fd) {
 #ifdef STATX_DIOALIGN
-    struct statx status {};
+    struct statx status{};
     if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 && (status.stx_mask & STATX_DIOALIGN) != 0) {
-        if (status.stx_dio_offset_align == 0) throw Unavailable("no direct I/O: the file system has none for this file");
+        if (status.stx_dio_offset_align == 0)
+            throw Unavailable("no direct I/O: the file system has none for this file");
         return {status.stx_dio_offset_align, status.stx_dio_mem_align};
     }
 #endif
@@ -73,6 +76,12 @@ std::shared_ptr<File> File::open(const std::string& path) {
         const std::string reason = number == ENOENT ? "no such file" : describe(number);
         throw ReadError(ReadError::Kind::failed, path + ": " + reason, number);
     }
+}
+
+std::shared_ptr<File> File::share(const std::string& path, int fd) {
+    Descriptor descriptor(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    if (descriptor.get() < 0) throw ReadError(ReadError::Kind::failed, path + ": " + describe(errno), errno);
+    return std::shared_ptr<File>(new File(path, std::move(descriptor)));
 }
 
 File::File(std::string path, Descriptor descriptor)
@@ -112,7 +121,7 @@ File::Direct File::open_direct() const {
 }
 
 void File::check_unchanged() const {
-    struct stat status {};
+    struct stat status{};
     if (::stat(path_.c_str(), &status) != 0) {
         if (errno == ENOENT || errno == ENOTDIR) throw changed();
         throw failed(errno, 0);
@@ -129,7 +138,7 @@ ReadError File::changed() const {
 }
 
 File::Identity File::identify(int fd) const {
-    struct stat status {};
+    struct stat status{};
     if (::fstat(fd, &status) != 0) throw failed(errno, 0);
     if (!S_ISREG(status.st_mode)) throw ReadError(ReadError::Kind::failed, path_ + ": not a regular file");
     return identify(status);

@@ -46,10 +46,12 @@ struct Alignment {
 
 // A regular file, held open; its identity is device, inode, size and modification time. The descriptors close with the
 // last owner. Any number of threads may use it.
-class File {
-public:
+class File : public std::enable_shared_from_this<File> {
+  public:
     // Throws `ReadError` if it cannot be opened, with ENOENT if it is not there. Never waits for the writer of a FIFO.
     static std::shared_ptr<File> open(const std::string& path);
+    // The file that somebody holds open, by a descriptor of its own.
+    static std::shared_ptr<File> share(const std::string& path, int fd);
 
     const std::string& path() const noexcept { return path_; }
     std::uint64_t size() const noexcept { return identity_.size; }  // in bytes, when it was opened
@@ -62,8 +64,8 @@ public:
     };
     static constexpr std::size_t most_alignment = 64 << 10;
 
-    // Opens it when first asked. Throws `Unavailable` where there is no direct I/O, `ReadError` if the path now leads to
-    // another file.
+    // Opens it when first asked. Throws `Unavailable` where there is no direct I/O, `ReadError` if the path now leads
+    // to another file.
     const Direct& direct() const;
 
     // Throws `ReadError` unless both what is open and what stands at the path are what was opened: a file replaced by
@@ -73,7 +75,6 @@ public:
     // A system call on this file failed with `error_number`.
     ReadError failed(int error_number, std::uint64_t offset) const;
 
-private:
     struct Identity {
         std::uint64_t device;
         std::uint64_t inode;
@@ -81,7 +82,9 @@ private:
         std::int64_t modified;  // in nanoseconds
         bool operator==(const Identity&) const = default;
     };
+    const Identity& identity() const noexcept { return identity_; }
 
+  private:
     File(std::string path, Descriptor descriptor);
 
     static Identity identify(const struct stat& status);

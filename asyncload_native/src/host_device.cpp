@@ -163,15 +163,20 @@ std::unique_ptr<Event> HostDevice::adopt_event(std::uint64_t) {
     return std::make_unique<HostEvent>();
 }
 
-void HostDevice::set_pace(Pace pace) {
+void HostDevice::set_pace(const Pace& pace) {
     const std::lock_guard lock(mutex_);
-    pace_ = std::move(pace);
-    copies_ = 0;
+    pace_ = pace;
+}
+
+void HostDevice::fail_copy(std::uint64_t number) {
+    const std::lock_guard lock(mutex_);
+    failing_.push_back(copies_ + number);
 }
 
 bool HostDevice::in_place() const noexcept {
     const std::lock_guard lock(mutex_);
-    return pace_.bandwidth == 0 && pace_.latency == 0 && !pace_.poison && pace_.failing.empty();
+    return pace_.bandwidth == 0 && pace_.latency == 0 && !pace_.poison &&
+           std::ranges::none_of(failing_, [this](auto number) { return number > copies_; });
 }
 
 bool HostDevice::poisons() const noexcept {
@@ -188,7 +193,7 @@ HostDevice::Moment HostDevice::copy(std::byte* target, const std::byte* source, 
         const std::lock_guard lock(mutex_);
         bandwidth = pace_.bandwidth;
         poisons = pace_.poison;
-        fails = std::ranges::count(pace_.failing, ++copies_) > 0;
+        fails = std::ranges::find(failing_, ++copies_) != failing_.end();
         begin += seconds(pace_.latency);
         if (bandwidth > 0) {  // a timetable: a late waking does not add up
             begin = std::max(begin, busy_until_);

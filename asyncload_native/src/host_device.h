@@ -16,15 +16,16 @@ class HostDevice final : public Device {
 
     // What is done to copies, for tests. `bandwidth` in bytes a second is all streams' together, 0 for memory's own;
     // `latency` in seconds passes before each copy; with `poison` a copy's target is overwritten before it, and a
-    // staging buffer once it is free. The copies of the numbers `failing`, from 1 and from now on, fail.
+    // staging buffer once it is free.
     struct Pace {
         double bandwidth = 0;
         double latency = 0;
         bool poison = false;
-        std::vector<std::uint64_t> failing;
     };
 
-    void set_pace(Pace pace);
+    void set_pace(const Pace& pace);
+    // Has the `number`-th copy from now on (1 is the next), of all streams, fail.
+    void fail_copy(std::uint64_t number);
 
     void attach() override {}
     std::unique_ptr<Stream> open_stream() override;
@@ -40,8 +41,9 @@ class HostDevice final : public Device {
   private:
     mutable std::mutex mutex_;
     Pace pace_;
-    std::uint64_t copies_ = 0;  // since the pace was set
-    Moment busy_until_{};       // of the one copy engine, where copies are slowed
+    std::uint64_t copies_ = 0;
+    std::vector<std::uint64_t> failing_;  // by their number in `copies_`
+    Moment busy_until_{};                 // of the one copy engine, where copies are slowed
 };
 
 }  // namespace asyncload

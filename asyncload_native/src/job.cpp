@@ -31,7 +31,12 @@ Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork>
 }
 
 Job::~Job() {
-    close(descriptor_);
+    close();
+}
+
+void Job::close() {
+    const std::lock_guard lock(mutex_);
+    if (descriptor_ >= 0) ::close(std::exchange(descriptor_, -1));
 }
 
 Job::News Job::poll() {
@@ -72,7 +77,7 @@ void Job::fail(Failure failure) {
 }
 
 void Job::settle() {
-    if (news_.ended) return;
+    files_.clear();
     news_.ended = true;
     signal();
 }

@@ -23,6 +23,7 @@ struct Failure {
     std::uint32_t file = 0;
     std::uint64_t offset = 0;  // in the file
     int error_number = 0;      // of a read
+    bool transient = false;    // it may pass by itself
     std::string code;          // the driver's
     std::string what;
 };
@@ -38,7 +39,7 @@ struct Times {
     std::uint64_t retries = 0;
 };
 
-class Job {
+class Job : public std::enable_shared_from_this<Job> {
   public:
     // When whoever waits for the descriptor is woken: once, at the end; for each tensor; for each chunk. What comes
     // before he has asked is told along.
@@ -65,6 +66,8 @@ class Job {
     const std::vector<std::uint32_t>& groups() const noexcept { return groups_; }
     // What has happened since it was last asked.
     News poll();
+    // Closes the descriptor; for who has heard of the end.
+    void close();
     Times times() const;
 
   private:
@@ -74,10 +77,10 @@ class Job {
     // The rest under the lock.
     void arrived(const Chunk& chunk);
     void fail(Failure failure);
-    void settle();  // ends it if nothing is left to do and nothing under way
+    void settle();  // it has ended
     void signal();
 
-    const std::vector<std::shared_ptr<const File>> files_;
+    std::vector<std::shared_ptr<const File>> files_;  // until its end
     const std::vector<TensorWork> tensors_;
     const Cut cut_;
     const Wake wake_;

@@ -47,6 +47,9 @@ std::vector<std::uint64_t> words(const Words& array) {
     return {array.data(), array.data() + array.shape(0)};
 }
 
+// What C++ threads hold of Python's is held by shared pointers that C++ made (`nb::new_` on types that know their own:
+// `std::enable_shared_from_this`). nanobind's others take the interpreter lock when the last one goes.
+
 void bind_errors(nb::module_& module) {
     nb::exception<DriverUnavailableError>(module, "DriverUnavailableError", PyExc_ImportError).doc() =
         "There is no CUDA driver, or it lacks a function that is needed.";
@@ -84,7 +87,8 @@ void bind_errors(nb::module_& module) {
 
 void bind_driver(nb::module_& module) {
     nb::class_<Driver>(module, "Driver", "The CUDA driver's functions, from a library given by name or path.")
-        .def(nb::init<const char*>(), "library"_a = Driver::LIBRARY, Unlocked(),
+        .def(nb::new_([](const char* library) { return std::make_shared<Driver>(library); }),
+             "library"_a = Driver::LIBRARY, Unlocked(),
              "Raises DriverUnavailableError where the library, or a function that is needed, is missing.")
         .def_prop_ro(
             "version",
@@ -99,29 +103,33 @@ void bind_driver(nb::module_& module) {
 void bind_devices(nb::module_& module) {
     nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.");
     nb::class_<CudaDevice, Device>(module, "CudaDevice", "A CUDA device, in its primary context.")
-        .def(
-            "__init__",
-            [](CudaDevice* device, std::shared_ptr<Driver> driver, int index) {
-                const nb::gil_scoped_release unlocked;
-                new (device) CudaDevice(std::move(driver), index);
-            },
-            "driver"_a, "index"_a, "Raises CudaError.");
+        .def(nb::new_([](std::shared_ptr<Driver> driver, int index) {
+                 return std::make_shared<CudaDevice>(std::move(driver), index);
+             }),
+             "driver"_a, "index"_a, Unlocked(), "Raises CudaError.");
     nb::class_<HostDevice, Device>(module, "HostDevice", "Host memory, with a thread for each stream.")
-        .def(nb::init<>())
+        .def(nb::new_([] { return std::make_shared<HostDevice>(); }))
         .def(
             "set_pace",
-            [](HostDevice& device, double bandwidth, double latency, bool poison, std::vector<std::uint64_t> failing) {
-                device.set_pace({bandwidth, latency, poison, std::move(failing)});
+            [](HostDevice& device, double bandwidth, double latency, bool poison) {
+                device.set_pace({bandwidth, latency, poison});
             },
-            "bandwidth"_a, "latency"_a, "poison"_a, "failing"_a,
-            "Sets bytes a second of all copies (0: as memory is) and seconds before each, whether what is free is\n"
-            "overwritten, and which copies fail, by their numbers from 1 and from now on.");
+            "bandwidth"_a, "latency"_a, "poison"_a,
+            "Sets bytes a second of all copies (0: as memory is), seconds before each, and whether what is free is\n"
+            "overwritten.")
+        .def("fail_copy", &HostDevice::fail_copy, "number"_a, "Has a copy fail, by its number: 1 is the next.");
 }
 
 void bind_job(nb::module_& module) {
     nb::class_<File>(module, "File", "A file held open.")
-        .def_static("open", &File::open, "path"_a, Unlocked(), "Opens a regular file; raises OSError.")
-        .def_prop_ro("size", &File::size);
+        .def_static("share", &File::share, "path"_a, "descriptor"_a, "By a descriptor of its own; raises OSError.")
+        .def_prop_ro(
+            "identity",
+            [](const File& file) {
+                const auto& [device, inode, size, modified] = file.identity();
+                return nb::make_tuple(device, inode, size, modified);
+            },
+            "Device, inode, size, and modification time in nanoseconds.");
 
     nb::enum_<Failure::Kind>(module, "FailureKind", "What failed.")
         .value("READ", Failure::Kind::read)
@@ -136,6 +144,7 @@ void bind_job(nb::module_& module) {
         .def_ro("file", &Failure::file)
         .def_ro("offset", &Failure::offset)
         .def_ro("error_number", &Failure::error_number)
+        .def_ro("transient", &Failure::transient)
         .def_ro("code", &Failure::code)
         .def_ro("what", &Failure::what);
     nb::class_<Times>(module, "Times", "Where a job's time went, in seconds and bytes.")
@@ -156,21 +165,21 @@ void bind_job(nb::module_& module) {
         .value("TENSOR", Job::Wake::tensor)
         .value("CHUNK", Job::Wake::chunk);
     nb::class_<Job>(module, "Job", "One load.")
-        .def(
-            "__init__",
-            [](Job* job, std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
-               Job::Wake wake, bool to_host) {
-                new (job) Job({files.begin(), files.end()}, read_table(tensors), chunk_size, wake, to_host);
-            },
-            "files"_a, "tensors"_a, "chunk_size"_a, "wake"_a, "to_host"_a,
-            "Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, "
-            "where it\n"
-            "is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, "
-            "blocks\n"
-            "for each of its groups, whether it is skipped. Raises ValueError if a block does not fit a chunk.")
+        .def(nb::new_([](std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
+                         Job::Wake wake, bool to_host) {
+                 return std::make_shared<Job>(std::vector<std::shared_ptr<const File>>(files.begin(), files.end()),
+                                              read_table(tensors), chunk_size, wake, to_host);
+             }),
+             "files"_a, "tensors"_a, "chunk_size"_a, "wake"_a, "to_host"_a,
+             "Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, "
+             "where it\n"
+             "is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, "
+             "blocks\n"
+             "for each of its groups, whether it is skipped. Raises ValueError if a block does not fit a chunk.")
         .def_prop_ro("descriptor", &Job::descriptor, "An eventfd that is readable when there is news.")
         .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
         .def("poll", &Job::poll, "What has happened since it was last asked.")
+        .def("close", &Job::close, "Closes the descriptor; for who has heard of the end.")
         .def("times", &Job::times, "Where its time went, until now.");
 }
 
@@ -202,6 +211,7 @@ void bind_engine(nb::module_& module) {
             "job"_a, "groups"_a, "first"_a, "targets"_a,
             "Lets the groups below a number be moved, for which the addresses from tensor ``first`` on are given.")
         .def("cancel", &Engine::cancel, "job"_a, "Has a job end as soon as nothing of it is under way.")
+        .def_prop_ro("busy", &Engine::busy, "Whether a job uses a staging buffer.")
         .def("close", &Engine::close, Unlocked(), "Ends all jobs and the threads; blocks.");
 }
 
@@ -210,6 +220,7 @@ void bind_engine(nb::module_& module) {
 
 NB_MODULE(_native, module) {
     module.doc() = "The data path of asyncload in C++ threads, which never need the interpreter lock.";
+    nb::set_leak_warnings(false);  // at the interpreter's end a loader may still be held, by an error's traceback say
     module.attr("version") = asyncload::version();
     module.attr("compiler") = asyncload::compiler();
     asyncload::bind_errors(module);

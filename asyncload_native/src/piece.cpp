@@ -8,7 +8,9 @@
 
 namespace asyncload {
 
-void Bounce::Free::operator()(std::byte* memory) const noexcept { std::free(memory); }
+void Bounce::Free::operator()(std::byte* memory) const noexcept {
+    std::free(memory);
+}
 
 std::span<std::byte> Bounce::memory() {
     static_assert(size % File::most_alignment == 0);

@@ -12,13 +12,13 @@ namespace asyncload {
 
 // Aligned memory of a reader's own, for what cannot be read in place; allocated when first used.
 class Bounce {
-public:
+  public:
     static constexpr std::size_t size = 512 << 10;
 
     // Throws `ReadError` if there is no memory.
     std::span<std::byte> memory();
 
-private:
+  private:
     struct Free {
         void operator()(std::byte* memory) const noexcept;
     };
@@ -36,9 +36,9 @@ struct Piece {
     std::size_t land(std::size_t count) const;
 };
 
-// Where offset and address are aligned, up to `most` bytes are read in place. What there is of a block before and behind
-// these goes through the bounce, and so does, in larger pieces, all of a buffer that is not aligned where the file is.
-// `most` is at least `File::most_alignment`.
+// Where offset and address are aligned, up to `most` bytes are read in place. What there is of a block before and
+// behind these goes through the bounce, and so does, in larger pieces, all of a buffer that is not aligned where the
+// file is. `most` is at least `File::most_alignment`.
 Piece first_piece(std::uint64_t offset, std::span<std::byte> buffer, const Alignment& alignment, std::size_t most,
                   Bounce& bounce);
 

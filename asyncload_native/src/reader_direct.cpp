@@ -12,7 +12,7 @@ namespace {
 constexpr std::size_t most = 1 << 30;  // the kernel takes little more at once
 
 class DirectReader final : public Reader {
-public:
+  public:
     void read(const File& file, std::uint64_t offset, std::span<std::byte> buffer) override {
         const File::Direct& direct = file.direct();
         while (!buffer.empty()) {
@@ -33,12 +33,14 @@ public:
         }
     }
 
-private:
+  private:
     Bounce bounce_;
 };
 
 }  // namespace
 
-std::unique_ptr<Reader> make_direct_reader() { return std::make_unique<DirectReader>(); }
+std::unique_ptr<Reader> make_direct_reader() {
+    return std::make_unique<DirectReader>();
+}
 
 }  // namespace asyncload

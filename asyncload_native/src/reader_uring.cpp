@@ -10,11 +10,11 @@ namespace asyncload {
 
 namespace {
 
-constexpr unsigned depth = 8;                   // requests in flight
+constexpr unsigned depth = 8;                  // requests in flight
 constexpr std::size_t piece_size = 512 << 10;  // of each, at most
 
 class UringReader final : public Reader {
-public:
+  public:
     explicit UringReader(bool direct) : direct_(direct) {}
 
     void read(const File& file, std::uint64_t offset, std::span<std::byte> buffer) override {
@@ -27,7 +27,7 @@ public:
         }
     }
 
-private:
+  private:
     // A request in flight, or, where nothing is left, idle.
     struct Slot {
         std::span<std::byte> rest;  // to be read, with this request and further ones
@@ -67,7 +67,8 @@ private:
     }
 
     void push(const Slot& slot) {
-        ring_.push(fd_, slot.target, slot.piece.offset, static_cast<std::uint64_t>(&slot - slots_.data()), slot.sleeping);
+        ring_.push(fd_, slot.target, slot.piece.offset, static_cast<std::uint64_t>(&slot - slots_.data()),
+                   slot.sleeping);
     }
 
     // A request has ended, well or not: makes the next one for what is left.
@@ -95,6 +96,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Reader> make_uring_reader(bool direct) { return std::make_unique<UringReader>(direct); }
+std::unique_ptr<Reader> make_uring_reader(bool direct) {
+    return std::make_unique<UringReader>(direct);
+}
 
 }  // namespace asyncload

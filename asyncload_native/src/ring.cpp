@@ -15,18 +15,22 @@ namespace asyncload {
 namespace {
 
 // An index that the kernel writes too.
-std::atomic_ref<unsigned> shared(unsigned* index) { return std::atomic_ref(*index); }
+std::atomic_ref<unsigned> shared(unsigned* index) {
+    return std::atomic_ref(*index);
+}
 
 }  // namespace
 
 Ring::Mapping::Mapping(int fd, std::uint64_t offset, std::size_t size) : size_(size) {
-    void* const address = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd,
-                                 static_cast<off_t>(offset));
+    void* const address =
+        ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, static_cast<off_t>(offset));
     if (address == MAP_FAILED) throw Unavailable("no io_uring", errno);
     address_ = static_cast<std::byte*>(address);
 }
 
-Ring::Mapping::~Mapping() { ::munmap(address_, size_); }
+Ring::Mapping::~Mapping() {
+    ::munmap(address_, size_);
+}
 
 Descriptor Ring::open(unsigned entries, io_uring_params& parameters) {
     const long fd = ::syscall(__NR_io_uring_setup, entries, &parameters);

@@ -14,7 +14,7 @@
 namespace asyncload {
 
 class Ring {
-public:
+  public:
     struct Completion {
         std::uint64_t tag;
         int result;  // bytes, or a negative errno
@@ -37,10 +37,10 @@ public:
     // Whether a read was pushed that has not been popped.
     bool busy() const noexcept { return pushed_ + in_flight_ > 0; }
 
-private:
+  private:
     // Memory shared with the kernel.
     class Mapping {
-    public:
+      public:
         Mapping(int fd, std::uint64_t offset, std::size_t size);
         Mapping(const Mapping&) = delete;
         Mapping& operator=(const Mapping&) = delete;
@@ -50,7 +50,7 @@ private:
             return reinterpret_cast<T*>(address_ + offset);
         }
 
-    private:
+      private:
         std::byte* address_;
         std::size_t size_;
     };

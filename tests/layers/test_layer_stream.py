@@ -452,7 +452,7 @@ async def test_a_stream_cancelled_at_any_moment(six_layers: Six, nothing_left: A
                 group.cancel_scope.cancel()
             await run_in_thread(loader.tracker.flush)
             assert loader.tracker.total == 0
-            assert loader._active().staging.free == SMALL.buffers
+            assert loader._active().idle
         async with open_stream(loader, six_layers[0], host=host) as layers:
             assert await sweep(layers) == (ORDER, layers_only(six_layers[1]))
 

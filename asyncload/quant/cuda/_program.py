@@ -81,7 +81,8 @@ class Kernel:
         self._block_size = type.block_size
         self.span = _GRID_SPAN if type.name.startswith(("IQ1", "IQ2", "IQ3")) else _SPAN
         self._alignment = ALIGNMENT if type.quantized else dtype.itemsize
-        _load(self._kernel)
+        self.handle = _load(self._kernel)  #: the ``CUfunction``'s address
+        self.blocks_per_group = self.span // type.block_size
 
     @property
     def registers(self) -> int:
@@ -105,13 +106,15 @@ class Kernel:
             self._core.launch(stream, config, self._kernel, source_address, target_address, n_blocks)
 
 
-def _load(kernel: Any) -> None:
-    """Brings a kernel onto the device: else its first launch does, and waits there for whatever runs."""
+def _load(kernel: Any) -> int:
+    """Brings a kernel onto the device: else its first launch does, and waits there for whatever runs.
+
+    Returns the function's address.
+    """
     driver = import_module("cuda.bindings.driver")
     code, function = driver.cuKernelGetFunction(kernel.handle)
-    try:
+    with suppress(RuntimeError):  # a driver older than cuFuncLoad (CUDA 12.4)
         code = code if int(code) != 0 else driver.cuFuncLoad(function)[0]
-    except RuntimeError:  # a driver older than the function (CUDA 12.4)
-        return
     if int(code) != 0:
         raise BackendUnavailableError(f"a decoding kernel cannot be loaded: {code.name}", device="cuda", code=code.name)
+    return int(function)

@@ -1,0 +1,302 @@
+"""The backend in C++: the threads of ``asyncload_native``, which need the interpreter for nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, Final, Protocol, runtime_checkable
+
+import anyio
+
+from asyncload.device import Device, DeviceMemory
+from asyncload.errors import (
+    BackendUnavailableError,
+    CopyError,
+    DeviceError,
+    PlanError,
+    SourceChangedError,
+    SourceError,
+    SourceReadError,
+)
+from asyncload.gguf import GGMLType
+from asyncload.memory import Scratch, VramTracker
+from asyncload.options import Options
+from asyncload.pipeline._backend import Sink
+from asyncload.pipeline._stats import LoadStats, load_stats, stage_workers
+from asyncload.plan import Decode, LoadPlan, TensorPlan
+from asyncload.quant import DType, kernel_address
+from asyncload.source import LocalSource, Source
+from asyncload.threads import Threads
+
+__all__ = ["NativeBackend", "NativeDevice"]
+
+_PLACES: Final = {Decode.NONE: 0, Decode.HOST: 1, Decode.DEVICE: 2}
+
+
+@runtime_checkable
+class NativeDevice(Device, Protocol):
+    """A device that C++ threads can use."""
+
+    def native(self) -> Any:
+        """The ``asyncload_native.Device``, the same each time."""
+        ...
+
+    def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002 - the field's name
+        """The handle of a prepared kernel, and how many blocks each of its groups of threads decodes."""
+        ...
+
+
+class NativeBackend:
+    """Reads local files; opening it blocks.
+
+    Raises ``BackendUnavailableError`` where the extension was not built, or cannot use the device.
+    """
+
+    def __init__(self, device: Device, tracker: VramTracker, callers: Threads, options: Options) -> None:
+        try:
+            self.module: Any = import_module("asyncload_native")
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"the native engine is not there: {error}", device=device.info.name
+            ) from error
+        if not isinstance(device, NativeDevice):
+            raise BackendUnavailableError(
+                f"the native engine cannot use {type(device).__name__}", device=device.info.name
+            )
+        self.device = device
+        self.callers = callers
+        self.options = options = replace(options, engine="native").suited_to(device.info.kind)
+        self.scratch = Scratch(tracker, options.chunk_size, options.streams)
+        with ExitStack() as stack:
+            ring = device.staging(options.buffers * options.chunk_size)
+            stack.callback(ring.close)
+            try:
+                self.engine = self.module.Engine(
+                    device.native(),
+                    ring.address,
+                    chunk_size=options.chunk_size,
+                    threads=options.threads,
+                    buffers=options.buffers,
+                    nice=options.nice,
+                    retries=options.retries,
+                    retry_delay=options.retry_delay,
+                )
+            except self.module.DeviceError as error:
+                name = device.info.name
+                raise DeviceError(f"{name}: {error}", device=name, code=getattr(error, "name", None)) from error
+            stack.callback(self.engine.close)
+            self._stack = stack.pop_all()
+
+    def reads(self, sources: Sequence[Source]) -> bool:
+        """Whether all of them are files that it can read."""
+        return all(isinstance(source, LocalSource) for source in sources)
+
+    def transfer(
+        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
+    ) -> NativeTransfer:
+        """A transfer by the engine's threads; the sources are files."""
+        files = [source for source in sources if isinstance(source, LocalSource)]
+        return NativeTransfer(self, plan, files, sink, skip=skip)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self.engine.busy
+
+    def close(self) -> None:
+        """Ends the threads, and gives the ring back; blocks."""
+        self._stack.close()
+
+
+class NativeTransfer:
+    """A job of the engine's, and what the event loop hears of it."""
+
+    def __init__(
+        self,
+        backend: NativeBackend,
+        plan: LoadPlan,
+        sources: Sequence[LocalSource],
+        sink: Sink,
+        *,
+        skip: Collection[int],
+    ) -> None:
+        self._backend, self._plan, self._sources, self._sink = backend, plan, sources, sink
+        self._skip = skip
+        self._begin = time.perf_counter()
+        self._job: Any = None
+        self._news: Any = None  # the last
+        self._landed = 0  # bytes
+        self._missing = len(plan.tensors) - len(skip)  # tensors
+        self._error: Exception | None = None
+        self._scratch: Sequence[DeviceMemory] = ()
+
+    def stats(self) -> LoadStats:
+        """Where its time went, until now."""
+        times, wall = self._job.times(), time.perf_counter() - self._begin
+        seconds = {"read": times.read, "decode": times.decode, "upload": times.upload}
+        nbytes = {"read": times.read_nbytes, "decode": times.decoded_nbytes, "upload": times.uploaded_nbytes}
+        return load_stats(wall, stage_workers(self._backend.options), seconds, nbytes, self._landed, times.retries)
+
+    async def run(self) -> None:
+        """Moves everything."""
+        try:
+            await self._backend.callers.run(self._submit)
+            if self._sink.limits:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._admit_in_turn)
+                    await self._follow()
+                    group.cancel_scope.cancel()
+            else:
+                self._admit(range(len(self._plan.tensors)))
+                await self._follow()
+        finally:
+            await self._end()
+        if self._error is None and self._news.failure is not None:
+            self._error = self._describe(self._news.failure)
+        if self._error is None and self._missing:  # a model is whole or an error
+            name = self._backend.device.info.name
+            self._error = DeviceError(f"{name}: the engine was closed before {self._missing} tensors came", device=name)
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
+
+    def _submit(self) -> None:
+        import numpy as np
+
+        backend, module = self._backend, self._backend.module
+        rows = [self._row(index, tensor) for index, tensor in enumerate(self._plan.tensors)]
+        if self._plan.kernels(Decode.DEVICE):
+            self._scratch = backend.scratch.acquire()
+        try:
+            job = module.Job(
+                files=[self._share(source) for source in self._sources],
+                tensors=np.array(rows, np.uint64).reshape(-1, 10),
+                chunk_size=self._plan.chunk_size,
+                wake=getattr(module.Wake, self._sink.hears.upper()),
+                to_host=False,
+            )
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        backend.engine.submit(job, [memory.address for memory in self._scratch], [])
+        self._job = job
+
+    def _row(self, index: int, tensor: TensorPlan) -> tuple[int, ...]:
+        """What ``asyncload_native.Job`` says of a tensor."""
+        info = tensor.info
+        kernel = (0, 0)
+        if tensor.decode is Decode.HOST:
+            kernel = kernel_address(info.type, tensor.dtype), 0
+        elif tensor.decode is Decode.DEVICE:
+            kernel = self._backend.device.native_kernel(info.type, tensor.dtype)
+        place, blocks = _PLACES[tensor.decode], (info.type.type_size, tensor.block_nbytes)
+        return info.part, info.offset, info.nbytes, tensor.nbytes, place, *blocks, *kernel, index in self._skip
+
+    def _share(self, source: LocalSource) -> Any:
+        try:
+            file = self._backend.module.File.share(source.url, source.fileno())
+        except OSError as error:
+            raise SourceReadError(str(error), url=source.url, errno=error.errno) from error
+        if file.identity != source.identity:
+            raise SourceChangedError(f"{source.url}: the file changed while it was being loaded", url=source.url)
+        return file
+
+    # Admission
+
+    async def _admit_in_turn(self) -> None:
+        """Has groups moved as the sink admits them."""
+        groups: dict[int, list[int]] = {}
+        for index, group in enumerate(self._job.groups):
+            if index not in self._skip:
+                groups.setdefault(group, []).append(index)
+        try:
+            for tensors in groups.values():
+                await self._sink.admit(tensors)
+                self._admit(range(tensors[0], tensors[-1] + 1))
+        except Exception as error:  # noqa: BLE001 - it is raised by run, without the task group's wrapping
+            self._fail(error)
+
+    def _admit(self, tensors: range) -> None:
+        """Has tensors moved, and those before them."""
+        import numpy as np
+
+        addresses = [0 if index in self._skip else self._sink.target(index).address for index in tensors]
+        groups = self._job.groups[tensors[-1]] + 1 if tensors else 0
+        self._backend.engine.admit(self._job, groups, tensors.start, np.array(addresses, np.uint64))
+
+    # Hearing of it
+
+    async def _follow(self) -> None:
+        """Tells the sink what happens, until nothing of the job is under way."""
+        while not self._hear():
+            await anyio.wait_readable(self._job.descriptor)
+
+    def _hear(self) -> bool:
+        """Takes the news; whether they were the last."""
+        self._news = news = self._job.poll()
+        self._landed += news.moved
+        self._missing -= len(news.landed)
+        try:
+            for tensor in news.landed:
+                self._sink.landed(tensor)
+            if news.moved:
+                self._sink.moved(news.moved)
+        except Exception as error:  # noqa: BLE001 - a callback's for example: it comes out of run
+            self._fail(error)
+        return bool(news.ended)
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+        self._backend.engine.cancel(self._job)
+
+    async def _end(self) -> None:
+        """Cancels what is left, and waits until nothing is under way, however often it is cancelled itself."""
+        try:
+            if self._job is not None and not self._ended:
+                self._backend.engine.cancel(self._job)
+                await self._drain()
+        finally:
+            if self._job is not None:
+                self._job.close()
+            if self._scratch:
+                self._scratch = ()
+                self._backend.scratch.release()
+
+    @property
+    def _ended(self) -> bool:
+        return self._news is not None and self._news.ended
+
+    async def _drain(self) -> None:
+        try:
+            await self._follow()
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                while not self._ended:
+                    with suppress(anyio.get_cancelled_exc_class()):  # a native one of asyncio's pierces the shield
+                        await self._follow()
+            raise
+
+    def _describe(self, failure: Any) -> Exception:
+        """What the other backend raises in such a case."""
+        kinds, device = self._backend.module.FailureKind, self._backend.device.info.name
+        name, source = self._plan.tensors[failure.tensor].info.name, self._sources[failure.file]
+        error: SourceError | DeviceError
+        if failure.kind == kinds.CHANGED:
+            return SourceChangedError(failure.what, url=source.url)
+        if failure.kind in (kinds.READ, kinds.ENDED):
+            number = failure.error_number or None
+            return SourceReadError(
+                failure.what, url=source.url, offset=failure.offset, transient=failure.transient, errno=number
+            )
+        message, code = f"{device}: {failure.what}", failure.code or None
+        if failure.kind == kinds.COPY:
+            return CopyError(message, device=device, code=code, tensor=name)
+        error = DeviceError(message, device=device, code=code)
+        error.add_note(f"while {name} was on its way")
+        return error
