@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 native: $(READY) ## the C++ engine, compiled into asyncload_native/
 	$(BIN)/cmake --log-level=WARNING -S asyncload_native -B $(NATIVE) -G Ninja \
 		-D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -D Python_EXECUTABLE=$(abspath $(BIN)/python) \
-		-D CMAKE_COMPILE_WARNING_AS_ERROR=ON
+		-D CMAKE_COMPILE_WARNING_AS_ERROR=ON -D ASYNCLOAD_TESTS=ON
 	$(BIN)/cmake --build $(NATIVE)
 	$(BIN)/cmake --install $(NATIVE) --prefix . >/dev/null
 
