@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,16 @@ def _missing_gpu() -> str | None:
     return None
 
 
+@cache
+def _missing_native() -> str | None:
+    """Why the C++ engine cannot be used here, or None."""
+    try:
+        import_module("asyncload_native")
+    except ImportError as error:
+        return f"{error}: `make native` builds it"
+    return None
+
+
 def _missing_package(name: str) -> Callable[[], str | None]:
     return lambda: None if find_spec(name) else f"{name} is not installed"
 
@@ -74,24 +85,27 @@ def _missing_demo_model() -> str | None:
 
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "gpu": _missing_gpu,
+    "native": _missing_native,
     "torch": _missing_package("torch"),
     "transformers": _missing_package("transformers"),
     "cupy": _missing_package("cupy"),
     "demo": _missing_demo_model,
     "ggml": _missing_package("libggml"),
 }
+# With this variable at 1, what is missing is a failure.
+_REQUIRED = {"gpu": "ASYNCLOAD_REQUIRE_GPU", "native": "ASYNCLOAD_REQUIRE_NATIVE"}
 _not_run: dict[str, list[str]] = {}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test whose need this machine misses, and keeps count; fails it where ``ASYNCLOAD_REQUIRE_GPU=1``."""
+    """Skips a test whose need this machine misses, and keeps count; fails it where the need is required."""
     for need, missing in _NEEDS.items():
         if item.get_closest_marker(need) is None:
             continue
         if (reason := missing()) is None:
             continue
-        if need == "gpu" and os.environ.get("ASYNCLOAD_REQUIRE_GPU") == "1":
-            pytest.fail(f"ASYNCLOAD_REQUIRE_GPU=1, but: {reason}", pytrace=False)
+        if os.environ.get(variable := _REQUIRED.get(need, "")) == "1":
+            pytest.fail(f"{variable}=1, but: {reason}", pytrace=False)
         _not_run.setdefault(need, []).append(reason)
         pytest.skip(f"needs {need}: {reason}")
 

@@ -100,9 +100,10 @@ struct Stream {
     bool closed = false;
 };
 
+// A kernel that decodes blocks, as a function of the host.
 struct Kernel {
-    CUresult (*run)(const std::uint64_t* arguments, unsigned blocks, unsigned threads);
-    std::size_t n_arguments;
+    asyncload::HostKernel run;
+    std::uint64_t blocks_per_group;
 };
 
 struct Fault {
@@ -497,20 +498,24 @@ CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, std::size_t nb
                             {{target, nbytes}}});
 }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned, unsigned, unsigned block_x, unsigned, unsigned,
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned, unsigned, unsigned, unsigned, unsigned,
                         unsigned, CUstream stream, void** arguments, void**) {
     const Lock lock(state.lock);
     if (const CUresult code = enter(__func__)) return code;
     const auto kernel = std::ranges::find_if(
         state.kernels, [&](const auto& known) { return reinterpret_cast<CUfunction>(known.get()) == function; });
     if (kernel == state.kernels.end()) return INVALID_HANDLE;
-    std::vector<std::uint64_t> values((*kernel)->n_arguments);
-    std::vector<Range> ranges;
-    for (std::size_t i = 0; i < values.size(); ++i) {
-        std::memcpy(&values[i], arguments[i], sizeof values[i]);
-        if (in_device_memory({values[i], 1})) ranges.push_back({values[i], 1});
-    }
-    return enqueue(stream, {[=, run = (*kernel)->run] { return run(values.data(), grid_x, block_x); }, ranges});
+    std::uint64_t source = 0, target = 0, n_blocks = 0;
+    std::memcpy(&source, arguments[0], sizeof source);
+    std::memcpy(&target, arguments[1], sizeof target);
+    std::memcpy(&n_blocks, arguments[2], sizeof n_blocks);
+    if (!in_device_memory({source, 1}) || !in_device_memory({target, 1})) return INVALID_VALUE;
+    const std::uint64_t reached = std::min(n_blocks, grid_x * (*kernel)->blocks_per_group);
+    return enqueue(stream, {[=, run = (*kernel)->run] {
+                                const auto word = [](std::uint64_t value) { return static_cast<std::intptr_t>(value); };
+                                return run(word(source), word(target), word(reached)) == 1 ? SUCCESS : LAUNCH_FAILED;
+                            },
+                            {{source, 1}, {target, 1}}});
 }
 
 // --- the tests' own -------------------------------------------------------------------------------------------------
@@ -563,11 +568,11 @@ void stub_delay(std::uint64_t nanoseconds) {
     state.delay = std::chrono::nanoseconds(nanoseconds);
 }
 
-// A kernel that is a function of the host. It is called once a launch, with arguments of eight bytes each and the first
-// dimension of grid and block, and returns a CUresult.
-CUfunction stub_kernel(CUresult (*run)(const std::uint64_t*, unsigned, unsigned), std::size_t n_arguments) {
+// A kernel that is a function of the host, called once a launch with the source, the target and the number of blocks,
+// at most as many as the launched groups decode: so a grid that is too small shows.
+CUfunction stub_kernel(asyncload::HostKernel run, std::uint64_t blocks_per_group) {
     const Lock lock(state.lock);
-    state.kernels.push_back(std::make_unique<Kernel>(Kernel{run, n_arguments}));
+    state.kernels.push_back(std::make_unique<Kernel>(Kernel{run, blocks_per_group}));
     return reinterpret_cast<CUfunction>(state.kernels.back().get());
 }
 

@@ -1,0 +1,31 @@
+"""A CUDA driver on host memory, which ``make native`` builds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.native.stub_cuda import StubCuda
+
+BUILD = Path(os.environ.get("ASYNCLOAD_NATIVE_BUILD", Path(__file__).parents[2] / "build" / "native"))
+
+
+@pytest.fixture(scope="session")
+def _stub_library() -> StubCuda:
+    path = BUILD / "libstub_cuda.so"
+    assert path.exists(), f"{path} is not there: `make native` builds it"
+    return StubCuda(path)
+
+
+@pytest.fixture
+def stub_cuda(_stub_library: StubCuda) -> Iterator[StubCuda]:
+    """The stand-in driver, new; the test must not have violated anything at its end."""
+    _stub_library.reset()
+    yield _stub_library
+    _stub_library.hold(False)
+    violations = _stub_library.violations
+    _stub_library.reset()
+    assert violations == []
