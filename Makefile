@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := build/native
+CXX_SOURCES := $(wildcard asyncload_native/src/*.h asyncload_native/src/*.cpp tests/native/*.cpp)
 
 # No falling back to the Python engine: where the C++ engine does not build or import, these targets fail.
 export ASYNCLOAD_REQUIRE_NATIVE = 1
 
-.PHONY: help setup native demo test sanitize check format bench clean
+.PHONY: help setup native demo test sanitize check stubs format bench clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -43,6 +44,7 @@ sanitize: $(READY) ## the CUDA kernels under compute-sanitizer: needs a GPU and 
 		tests/quant/cuda/test_cuda_decode.py || exit 1; done
 
 check: native ## format, lint, types, import contracts, docs
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -50,7 +52,11 @@ check: native ## format, lint, types, import contracts, docs
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -q tests/house
 
+stubs: native ## what type checkers know of the C++ engine
+	$(BIN)/python -m nanobind.stubgen -q -m asyncload_native._native --exclude-values -o asyncload_native/_native.pyi
+
 format: $(READY) ## put format and imports in order
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
@@ -58,5 +64,5 @@ bench: native ## the benchmarks, at a size for a laptop
 	for name in start load overlap latency chunks memory dequant; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist asyncload_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
