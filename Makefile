@@ -5,16 +5,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := build/native
+CONFIGURE = $(BIN)/cmake --log-level=WARNING -S asyncload_native -G Ninja \
+	-D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -D Python_EXECUTABLE=$(abspath $(BIN)/python) \
+	-D CMAKE_COMPILE_WARNING_AS_ERROR=ON -D ASYNCLOAD_TESTS=ON
+# What runs under the sanitizers: all that moves bytes by the C++ engine, on the host device and the stand-in driver.
+SANITIZED := tests/native
 CXX_SOURCES := $(wildcard asyncload_native/src/*.h asyncload_native/src/*.cpp tests/native/*.cpp)
 
 # No falling back to the Python engine: where the C++ engine does not build or import, these targets fail.
 export ASYNCLOAD_REQUIRE_NATIVE = 1
 
-.PHONY: help setup native demo test sanitize check stubs format bench clean
+.PHONY: help setup native demo test test-sanitize sanitize check stubs format bench clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: native ## the virtual environment with everything for development
 
@@ -25,9 +30,7 @@ $(READY): pyproject.toml
 	touch $@
 
 native: $(READY) ## the C++ engine, compiled into asyncload_native/
-	$(BIN)/cmake --log-level=WARNING -S asyncload_native -B $(NATIVE) -G Ninja \
-		-D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -D Python_EXECUTABLE=$(abspath $(BIN)/python) \
-		-D CMAKE_COMPILE_WARNING_AS_ERROR=ON -D ASYNCLOAD_TESTS=ON
+	$(CONFIGURE) -B $(NATIVE) -D CMAKE_BUILD_TYPE=Release
 	$(BIN)/cmake --build $(NATIVE)
 	$(BIN)/cmake --install $(NATIVE) --prefix . >/dev/null
 
@@ -36,6 +39,15 @@ demo: native ## fetch a real model, load it, check its values
 
 test: native ## all tests
 	$(BIN)/python -m pytest
+
+test-sanitize: test-sanitize-thread test-sanitize-address ## the C++ engine under ThreadSanitizer and AddressSanitizer
+
+test-sanitize-%: native
+	$(CONFIGURE) -B build/$* -D CMAKE_BUILD_TYPE=RelWithDebInfo -D CMAKE_CXX_FLAGS="-fsanitize=$* -fno-omit-frame-pointer"
+	$(BIN)/cmake --build build/$*
+	$(BIN)/cmake --install build/$* --prefix build/$*/install >/dev/null
+	cp asyncload_native/*.py build/$*/install/asyncload_native/
+	$(BIN)/python -m tests.native.sanitize $* build/$* -q $(SANITIZED)
 
 sanitize: $(READY) ## the CUDA kernels under compute-sanitizer: needs a GPU and the CUDA toolkit
 	for tool in memcheck initcheck synccheck racecheck; do \

@@ -593,4 +593,27 @@ const char* stub_violation(std::size_t n) {
     return n < state.violations.size() ? state.violations[n].c_str() : nullptr;
 }
 
+// --- what sanitizers must find: sanitize.py
+// ---------------------------------------------------------------------------
+
+int stub_race() {
+    int count = 0;
+    std::thread other([&] { ++count; });
+    ++count;
+    other.join();
+    return count;
+}
+
+int stub_overflow(std::size_t n) {
+    const auto bytes = std::make_unique<unsigned char[]>(n);
+    return static_cast<volatile unsigned char*>(bytes.get())[n];
+}
+
+bool stub_leak(std::size_t n) {
+    unsigned char* volatile bytes = new unsigned char[n];
+    const bool made = bytes != nullptr;
+    bytes = nullptr;
+    return made;
+}
+
 }  // extern "C"

@@ -1,1 +1,0 @@
-import asyncload_native
