@@ -29,7 +29,7 @@ struct ReadError : std::runtime_error {
 
     Kind kind;
     int error_number;
-    std::uint64_t offset;  // of the first byte that did not come; 0 where there was no read
+    std::uint64_t offset;  // of a byte that did not come; 0 where there was no read
 };
 
 // A way of reading does not serve here, and another does; `what` says why.

@@ -1,0 +1,60 @@
+// How the bytes of a load are read, by what shows while it runs.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "race.h"
+#include "reader.h"
+
+namespace asyncload {
+
+// A thread's readers, each made when first used.
+class Readers {
+public:
+    // Throws `Unavailable`.
+    Reader& get(Strategy strategy);
+
+private:
+    std::array<std::unique_ptr<Reader>, std::size(all_strategies)> readers_;
+};
+
+// What is in the page cache is read by pread, and so is what is too small to be worth a thought. The rest is read by
+// all strategies that the files allow, in turn, until one has won. Any number of threads may use it.
+class ReaderChoice {
+public:
+    static constexpr std::uint64_t small_file = 64 << 20;
+    static constexpr std::size_t small_read = 1 << 20;
+
+    // `files`: all that the load reads. Looks at none of them before the first read that misses the page cache.
+    explicit ReaderChoice(std::vector<std::shared_ptr<const File>> files) : files_(std::move(files)) {}
+
+    // As `Reader::read`. Where another strategy fails, it is given up and pread has the last word.
+    void read(Readers& readers, const File& file, std::uint64_t offset, std::span<std::byte> buffer);
+
+    // What was chosen until now, and why.
+    std::string reason() const;
+
+private:
+    std::optional<Strategy> choose(const File& file, std::uint64_t offset, std::size_t nbytes);
+    Race begin_race() const;
+    void report(Strategy strategy, std::uint64_t nbytes, double seconds);
+    void drop(Strategy strategy, const std::string& why);
+
+    const std::vector<std::shared_ptr<const File>> files_;
+    std::atomic<bool> pread_won_ = false;
+    std::atomic<std::uint64_t> small_ = 0;   // bytes of what is too small
+    std::atomic<std::uint64_t> cached_ = 0;  // bytes, of reads before pread had won
+    mutable std::mutex mutex_;
+    std::optional<Race> race_;
+};
+
+}  // namespace asyncload
