@@ -12,6 +12,9 @@
 #include "engine.h"
 #include "file.h"
 #include "host_device.h"
+#include "race.h"
+#include "reader.h"
+#include "reader_choice.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,6 +24,7 @@ namespace {
 
 using Words = nb::ndarray<const std::uint64_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const std::uint64_t, nb::numpy, nb::shape<-1, 10>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<std::uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
 std::vector<TensorWork> read_table(const Table& table) {
@@ -41,6 +45,10 @@ std::vector<TensorWork> read_table(const Table& table) {
         });
     }
     return tensors;
+}
+
+std::span<std::byte> bytes(const Bytes& buffer) {
+    return {reinterpret_cast<std::byte*>(buffer.data()), buffer.size()};
 }
 
 std::vector<std::uint64_t> words(const Words& array) {
@@ -74,15 +82,27 @@ void bind_errors(nb::module_& module) {
             }
         },
         cuda_error.ptr());
+
+    nb::exception<ReadError> read_error(module, "ReadError", PyExc_OSError);
+    read_error.doc() =
+        "The bytes of a file could not be had: reading ``failed``, the file ``ended``, or it is ``changed``.";
+    read_error.attr("kind") = "";
+    read_error.attr("offset") = 0;
+    read_error.attr("transient") = false;
     nb::register_exception_translator(
-        [](const std::exception_ptr& raised, void*) {
+        [](const std::exception_ptr& raised, void* type) {
             try {
                 std::rethrow_exception(raised);
             } catch (const ReadError& error) {
-                PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.error_number, error.what()).ptr());
+                constexpr const char* kinds[] = {"failed", "ended", "changed"};
+                nb::object exception = nb::handle(static_cast<PyObject*>(type))(error.error_number, error.what());
+                exception.attr("kind") = kinds[static_cast<std::size_t>(error.kind)];
+                exception.attr("offset") = error.offset;
+                exception.attr("transient") = error.transient();
+                PyErr_SetObject(static_cast<PyObject*>(type), exception.ptr());
             }
         },
-        nullptr);
+        read_error.ptr());
 }
 
 void bind_driver(nb::module_& module) {
@@ -183,6 +203,53 @@ void bind_job(nb::module_& module) {
         .def("times", &Job::times, "Where its time went, until now.");
 }
 
+// For tests: the engine reads by itself.
+void bind_readers(nb::module_& module) {
+    nb::enum_<Strategy>(module, "Strategy", "A way of reading.")
+        .value("PREAD", Strategy::pread)
+        .value("DIRECT", Strategy::direct)
+        .value("URING", Strategy::uring)
+        .value("URING_DIRECT", Strategy::uring_direct);
+    module.def("unavailable", &unavailable, "strategy"_a, "file"_a, Unlocked(),
+               "Why a file cannot be read like this here, or None.");
+    module.def(
+        "read",
+        [](const File& file, std::uint64_t offset, const Bytes& buffer, Strategy strategy) {
+            make_reader(strategy)->read(file, offset, bytes(buffer));
+            file.check_unchanged();
+        },
+        "file"_a, "offset"_a, "buffer"_a, "strategy"_a, Unlocked(), "Fills a buffer, or raises ReadError.");
+
+    module.def(
+        "is_transient", [](int number) { return ReadError(ReadError::Kind::failed, "", number).transient(); },
+        "error_number"_a, "Whether a read that failed with it may succeed when it is made again.");
+
+    nb::class_<Race>(module, "Race", "Finds out which strategy is the fastest.")
+        .def(nb::init<>())
+        .def_ro_static("distance", &Race::distance, "Bytes that each strategy reads before one of them wins.")
+        .def_ro_static("margin", &Race::margin, "How many times as fast as pread another must be.")
+        .def("next", &Race::next, "nbytes"_a, "The strategy for the next bytes.")
+        .def("report", &Race::report, "strategy"_a, "nbytes"_a, "seconds"_a, "What came of it.")
+        .def("drop", &Race::drop, "strategy"_a, "reason"_a, "It cannot be used.")
+        .def_prop_ro("winner", &Race::winner, "None before there is one.")
+        .def("describe", &Race::describe, "The winner and the figures, in words.");
+    nb::class_<ReaderChoice>(module, "ReaderChoice", "Reads the files of a load, as suits them.")
+        .def(
+            "__init__",
+            [](ReaderChoice* choice, std::vector<std::shared_ptr<File>> files) {
+                new (choice) ReaderChoice({files.begin(), files.end()});
+            },
+            "files"_a)
+        .def(
+            "read",
+            [](ReaderChoice& choice, const File& file, std::uint64_t offset, const Bytes& buffer) {
+                Readers readers;
+                choice.read(readers, file, offset, bytes(buffer));
+            },
+            "file"_a, "offset"_a, "buffer"_a, Unlocked(), "Fills a buffer, or raises ReadError.")
+        .def_prop_ro("reason", &ReaderChoice::reason, "What was chosen until now, and why.");
+}
+
 void bind_engine(nb::module_& module) {
     nb::class_<Engine>(module, "Engine", "Threads that read, decode and copy.")
         .def(
@@ -227,5 +294,6 @@ NB_MODULE(_native, module) {
     asyncload::bind_driver(module);
     asyncload::bind_devices(module);
     asyncload::bind_job(module);
+    asyncload::bind_readers(module);
     asyncload::bind_engine(module);
 }
