@@ -4,7 +4,7 @@ The data path of asyncload in C++ threads, which never need the interpreter lock
 
 from collections.abc import Sequence
 import enum
-from typing import Annotated
+from typing import Annotated, Final
 
 import numpy
 from numpy.typing import NDArray
@@ -30,6 +30,17 @@ class CudaError(DeviceError):
     code: int = ...
 
     name: str = ...
+
+class ReadError(OSError):
+    """
+    The bytes of a file could not be had: reading ``failed``, the file ``ended``, or it is ``changed``.
+    """
+
+    kind: str = ...
+
+    offset: int = ...
+
+    transient: bool = ...
 
 class Driver:
     """The CUDA driver's functions, from a library given by name or path."""
@@ -67,11 +78,12 @@ class File:
     """A file held open."""
 
     @staticmethod
-    def open(path: str) -> File:
-        """Opens a regular file; raises OSError."""
+    def share(path: str, descriptor: int) -> File:
+        """By a descriptor of its own; raises OSError."""
 
     @property
-    def size(self) -> int: ...
+    def identity(self) -> tuple:
+        """Device, inode, size, and modification time in nanoseconds."""
 
 class FailureKind(enum.Enum):
     """What failed."""
@@ -187,6 +199,68 @@ class Job:
 
     def times(self) -> Times:
         """Where its time went, until now."""
+
+class Strategy(enum.Enum):
+    """A way of reading."""
+
+    PREAD = 0
+
+    DIRECT = 1
+
+    URING = 2
+
+    URING_DIRECT = 3
+
+def unavailable(strategy: Strategy, file: File) -> str | None:
+    """Why a file cannot be read like this here, or None."""
+
+def read(file: File, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], strategy: Strategy) -> None:
+    """Fills a buffer, or raises ReadError."""
+
+def is_transient(error_number: int) -> bool:
+    """Whether a read that failed with it may succeed when it is made again."""
+
+class Race:
+    """Finds out which strategy is the fastest."""
+
+    def __init__(self) -> None: ...
+
+    distance: Final[int] = ...
+    """Bytes that each strategy reads before one of them wins."""
+
+    margin: Final[float] = ...
+    """How many times as fast as pread another must be."""
+
+    def next(self) -> Strategy:
+        """Whose turn it is."""
+
+    def give(self, strategy: Strategy, nbytes: int) -> None:
+        """It reads these bytes now."""
+
+    def report(self, strategy: Strategy, nbytes: int, seconds: float) -> None:
+        """What came of it."""
+
+    def drop(self, strategy: Strategy, reason: str) -> None:
+        """It cannot be used."""
+
+    @property
+    def winner(self) -> Strategy | None:
+        """None before there is one."""
+
+    def describe(self) -> str:
+        """The winner and the figures, in words."""
+
+class ReaderChoice:
+    """Reads the files of a load, as suits them."""
+
+    def __init__(self, files: Sequence[File]) -> None: ...
+
+    def read(self, file: File, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """Fills a buffer, or raises ReadError."""
+
+    @property
+    def reason(self) -> str:
+        """What was chosen until now, and why."""
 
 class Engine:
     """Threads that read, decode and copy."""

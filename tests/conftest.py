@@ -6,6 +6,7 @@ import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -77,6 +78,20 @@ def _missing_package(name: str) -> Callable[[], str | None]:
     return lambda: None if find_spec(name) else f"{name} is not installed"
 
 
+def _missing_strategy(name: str) -> Callable[[], str | None]:
+    @cache
+    def missing() -> str | None:
+        """Why files in the folder for temporary ones cannot be read like this, or None."""
+        if reason := _missing_native():
+            return reason
+        from asyncload_native import File, Strategy, unavailable
+
+        with NamedTemporaryFile() as file:
+            return unavailable(Strategy[name], File.share(file.name, file.fileno()))
+
+    return missing
+
+
 def _missing_demo_model() -> str | None:
     from bench._demo_model import NAME, cache_folder
 
@@ -86,6 +101,8 @@ def _missing_demo_model() -> str | None:
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "gpu": _missing_gpu,
     "native": _missing_native,
+    "direct": _missing_strategy("DIRECT"),
+    "uring": _missing_strategy("URING"),
     "torch": _missing_package("torch"),
     "transformers": _missing_package("transformers"),
     "cupy": _missing_package("cupy"),

@@ -6,18 +6,13 @@
 
 namespace asyncload {
 
-Strategy Race::next(std::uint64_t nbytes) {
+Strategy Race::next() const {
     if (winner_) return *winner_;
-    std::optional<Strategy> chosen;
     for (const Strategy strategy : all_strategies) {
         const Runner& each = runner(strategy);
-        if (each.dropped || each.given >= distance) continue;
-        if (!chosen || each.given < runner(*chosen).given) chosen = strategy;
+        if (!each.dropped && each.given < distance) return strategy;
     }
-    // while the last ones are on their way, nobody waits for a slow one once more
-    if (!chosen) return best();
-    runner(*chosen).given += nbytes;
-    return *chosen;
+    return best();  // while the last ones are on their way, nobody waits for a slow one once more
 }
 
 void Race::report(Strategy strategy, std::uint64_t nbytes, double seconds) {

@@ -18,8 +18,10 @@ public:
     // How many times as fast as pread another must be: what pread reads stays in the page cache for the next load.
     static constexpr double margin = 1.2;
 
-    // The strategy for the next `nbytes`.
-    Strategy next(std::uint64_t nbytes);
+    // Whose turn it is. One after the other, so that what the page cache reads ahead helps whoever asked for it.
+    Strategy next() const;
+    // It reads these bytes now.
+    void give(Strategy strategy, std::uint64_t nbytes) { runner(strategy).given += nbytes; }
     // What came of it; `seconds` is one thread's.
     void report(Strategy strategy, std::uint64_t nbytes, double seconds);
     // It cannot be used, for a reason. Not for pread, which is what remains.

@@ -18,7 +18,7 @@ std::unique_ptr<Reader> make_reader(Strategy strategy) {
 std::optional<std::string> unavailable(Strategy strategy, const File& file) {
     try {
         make_reader(strategy);
-        if (strategy == Strategy::direct || strategy == Strategy::uring_direct) file.direct();
+        if (is_direct(strategy)) file.direct();
     } catch (const Unavailable& reason) {
         return reason.what();
     }

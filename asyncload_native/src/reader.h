@@ -21,6 +21,10 @@ inline constexpr Strategy all_strategies[] = {Strategy::pread, Strategy::direct,
 
 const char* name(Strategy strategy);
 
+constexpr bool is_direct(Strategy strategy) {
+    return strategy == Strategy::direct || strategy == Strategy::uring_direct;
+}
+
 // One thread's way of reading.
 class Reader {
   public:

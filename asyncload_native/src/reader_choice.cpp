@@ -53,16 +53,19 @@ void ReaderChoice::read(Readers& readers, const File& file, std::uint64_t offset
 std::optional<Strategy> ReaderChoice::choose(const File& file, std::uint64_t offset, std::size_t nbytes) {
     if (pread_won_.load(std::memory_order_relaxed)) return std::nullopt;
     if (file.size() < small_file || nbytes < small_read) {
-        small_.fetch_add(nbytes, std::memory_order_relaxed);
+        small_.store(true, std::memory_order_relaxed);
         return std::nullopt;
     }
-    if (in_page_cache(file, offset, nbytes)) {
-        cached_.fetch_add(nbytes, std::memory_order_relaxed);
-        return std::nullopt;
-    }
+    const bool cached = in_page_cache(file, offset, nbytes);
     const std::lock_guard lock(mutex_);
+    if (cached && (!race_ || is_direct(race_->next()))) {
+        cached_ += nbytes;
+        return std::nullopt;
+    }
     if (!race_) race_ = begin_race();
-    return race_->next(nbytes);
+    const Strategy strategy = race_->next();
+    race_->give(strategy, nbytes);
+    return strategy;
 }
 
 // All strategies that every file allows.
@@ -96,7 +99,7 @@ std::string ReaderChoice::reason() const {
     const std::lock_guard lock(mutex_);
     if (!race_) {
         if (cached_ > 0) return "pread: in the page cache";
-        return small_ > 0 ? "pread: too small to measure" : "nothing read";
+        return small_ ? "pread: too small to measure" : "nothing read";
     }
     std::string text = race_->describe();
     if (cached_ > 0) text += "; " + std::to_string(cached_ >> 20) + " MiB in the page cache, read by pread";

@@ -27,8 +27,9 @@ private:
     std::array<std::unique_ptr<Reader>, std::size(all_strategies)> readers_;
 };
 
-// What is in the page cache is read by pread, and so is what is too small to be worth a thought. The rest is read by
-// all strategies that the files allow, in turn, until one has won. Any number of threads may use it.
+// Reads by pread until something is not in the page cache; from there on by each strategy that the files allow, until one
+// has won. What is in the page cache is never read past it, and what is too small is not worth a thought. Any number of
+// threads may use it.
 class ReaderChoice {
 public:
     static constexpr std::uint64_t small_file = 64 << 20;
@@ -51,9 +52,9 @@ private:
 
     const std::vector<std::shared_ptr<const File>> files_;
     std::atomic<bool> pread_won_ = false;
-    std::atomic<std::uint64_t> small_ = 0;   // bytes of what is too small
-    std::atomic<std::uint64_t> cached_ = 0;  // bytes, of reads before pread had won
-    mutable std::mutex mutex_;
+    std::atomic<bool> small_ = false;  // something was too small
+    mutable std::mutex mutex_;         // over the rest
+    std::uint64_t cached_ = 0;         // bytes read by pread because the page cache had them
     std::optional<Race> race_;
 };
 
