@@ -107,7 +107,7 @@ def refusal(type: GGMLType, dtype: DType) -> str:  # noqa: A002
 
 
 def prepare(pairs: Collection[tuple[GGMLType, DType]]) -> None:
-    """Makes the kernels for these pairs ready in this process, so that ``decode`` only computes, and ``kernel_address`` looks up.
+    """Makes the kernels for these pairs ready in this process, so that ``decode`` and ``kernel_address`` do not wait.
 
     Blocks, for a second or two where a kernel is not in the cache on disk: it is compiled in a subprocess then, since
     the compiler holds the interpreter lock. Where the cache cannot be written it is compiled here, and the logger
@@ -140,12 +140,12 @@ def kernel_address(type: GGMLType, dtype: DType) -> int:  # noqa: A002
     """The address of a C function that decodes as ``decode`` does, for threads that run without the interpreter.
 
     It is ``int32_t kernel(const void *source, void *target, int64_t n_blocks)`` and checks nothing: source and target
-    have any alignment, do not overlap, and hold ``n_blocks`` whole blocks (none at least) and their elements. It returns
-    1 once these are decoded, and anything else is a failure: Numba prints an exception and returns 0. Any number of
-    threads may be in it at once, and it takes no lock, the interpreter's neither. The address stays the same, and valid
-    until the interpreter ends.
+    hold ``n_blocks`` whole blocks, 0 or more, and their elements, with any alignment, and do not overlap. It returns 1
+    once these are decoded; anything else is a failure (Numba prints an exception and returns 0). Any number of threads
+    may be in it at once, and it takes no lock, the interpreter's neither. The address stays the same, and valid until
+    the interpreter ends.
 
-    A pair that is not ready is prepared first, as by ``prepare``, which passes over what ``decode`` merely copies. Raises
+    A pair that is not ready is prepared first, as by ``prepare``, which passes over what ``decode`` copies. Raises
     ``UnsupportedQuantError`` for a pair that ``can_decode`` denies.
     """
     from asyncload.quant._prepare import kernel_address as address_of_kernel
