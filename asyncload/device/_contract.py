@@ -6,7 +6,7 @@ an event loop's thread. A thread that uses streams calls ``Device.attach`` first
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -25,6 +25,7 @@ __all__ = [
     "Residency",
     "StagingMemory",
     "Stream",
+    "allocate_each",
     "check_decode",
     "check_download",
     "check_upload",
@@ -181,6 +182,10 @@ class Device(Protocol):
         """
         ...
 
+    def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
+        """Allocates several, all or none, as ``allocate`` does each."""
+        ...
+
     def free(self, memory: DeviceMemory) -> None:
         """Gives back what ``allocate`` returned; raises ``DeviceError`` for anything else.
 
@@ -250,6 +255,21 @@ class Device(Protocol):
     def close(self) -> None:
         """Ends the backend's own threads; memory already allocated stays valid and can still be freed."""
         ...
+
+
+def allocate_each(
+    sizes: Sequence[int], allocate: Callable[[int], DeviceMemory], free: Callable[[DeviceMemory], None]
+) -> list[DeviceMemory]:
+    """Makes ``allocate_all`` of a device's ``allocate`` and ``free``."""
+    memory: list[DeviceMemory] = []
+    try:
+        for nbytes in sizes:
+            memory.append(allocate(nbytes))  # noqa: PERF401 - what there is, is freed again
+    except BaseException:
+        for each in memory:
+            free(each)
+        raise
+    return memory
 
 
 def check_upload(

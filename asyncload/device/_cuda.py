@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -28,6 +28,7 @@ from asyncload.device._contract import (
     MemoryInfo,
     Residency,
     StagingMemory,
+    allocate_each,
     check_decode,
     check_download,
     check_upload,
@@ -324,19 +325,38 @@ class CudaDevice:
         self.attach()
         code, pointer = self.driver.cuMemAlloc(nbytes)
         if code.name == _OUT_OF_MEMORY:
-            free = self.memory().free
-            raise OutOfDeviceMemoryError(
-                f"{self._name}: {nbytes} bytes needed, {free} free",
-                device=self._name,
-                needed=nbytes,
-                available=free,
-                breakdown={},
-                code=code.name,
-            )
+            raise self._out_of_memory(nbytes)
         memory = DeviceMemory(int(self.check(f"allocating {nbytes} bytes", (code, pointer))), nbytes)
         with self._lock:
             self._allocated[memory.address] = nbytes
         return memory
+
+    def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
+        """By C++ where that is there, which gives the interpreter lock up once for all of them."""
+        if self._native is None:
+            return allocate_each(sizes, self.allocate, self.free)
+        module = _load("asyncload_native")
+        try:
+            addresses = self._native.allocate(sizes)
+        except module.CudaError as error:
+            if error.name == _OUT_OF_MEMORY:
+                raise self._out_of_memory(sum(sizes)) from error
+            raise DeviceError(f"{self._name}: {error}", device=self._name, code=error.name) from error
+        memory = [DeviceMemory(address, nbytes) for address, nbytes in zip(addresses, sizes, strict=True)]
+        with self._lock:
+            self._allocated.update((each.address, each.nbytes) for each in memory if each.nbytes)
+        return memory
+
+    def _out_of_memory(self, nbytes: int) -> OutOfDeviceMemoryError:
+        free = self.memory().free
+        return OutOfDeviceMemoryError(
+            f"{self._name}: {nbytes} bytes needed, {free} free",
+            device=self._name,
+            needed=nbytes,
+            available=free,
+            breakdown={},
+            code=_OUT_OF_MEMORY,
+        )
 
     def free(self, memory: DeviceMemory) -> None:
         """Frees with cuMemFree, which gives the memory back to the driver at once."""
@@ -432,6 +452,8 @@ class CudaDevice:
 
     def prepare(self, pairs: Collection[tuple[GGMLType, DType]]) -> None:
         """Loads the kernels into the context, from the cache on disk where they have been compiled before."""
+        if all(pair in self.kernels for pair in pairs):
+            return
         device = self._attached()
         with self._preparing:
             missing = [pair for pair in dict.fromkeys(pairs) if pair not in self.kernels]

@@ -12,11 +12,18 @@ import os
 import platform
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from typing import Any
 
-from asyncload.device._contract import DeviceInfo, DeviceMemory, MemoryInfo, Residency, check_download
+from asyncload.device._contract import (
+    DeviceInfo,
+    DeviceMemory,
+    MemoryInfo,
+    Residency,
+    allocate_each,
+    check_download,
+)
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, PassedAll
 from asyncload.device._pages import Pages
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
@@ -149,6 +156,10 @@ class HostDevice:
         with self._lock:
             self._allocated[pages.address] = pages
         return DeviceMemory(pages.address, nbytes)
+
+    def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
+        """One after the other."""
+        return allocate_each(sizes, self.allocate, self.free)
 
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfDeviceMemoryError:
         return OutOfDeviceMemoryError(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import accumulate
+from typing import Final
+
 from asyncload.errors import AsyncloadError, PlanError, SourceChangedError
 from asyncload.loader._session import Request, Session
 from asyncload.model import Model, Partial, Tensor
 from asyncload.pipeline import Engine
+from asyncload.plan import LoadPlan
 
 __all__ = ["load_model"]
+
+_FIRST: Final = 1 / 8  # of the bytes: what moves while the other tensors' memory is allocated
 
 
 async def load_model(engine: Engine, request: Request, resume: Partial | None = None) -> Model:
@@ -16,15 +23,12 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
     begun = False
     try:
         async with session.opened:
-            await session.open()
-            arrived = await engine.callers.run(_check, session, resume) if resume is not None else {}
-            await session.allocate([index for index in range(len(session.plan.tensors)) if index not in arrived])
-            if resume is not None:
-                _take_over(session, resume, arrived)
-            session.begin()
+            await session.opened.open(request.path, partial(_prepare, session, resume))
             begun = True
-            await session.transfer.run()
+            await session.run()
+            assert session.transfer is not None
             stats = session.transfer.stats()
+            await session.transfer.end()
             await session.finish()
         session.meter.done()
         tensors, session.tensors = session.tensors, {}  # the model's alone from here on
@@ -46,6 +50,30 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
                 "load(..., resume=error.partial) goes on from there, error.partial.close() frees them"
             )
         raise
+
+
+def _prepare(session: Session, resume: Partial | None) -> None:
+    """All that comes before the event loop has something to wait for, in one go on one thread.
+
+    The first bytes are on their way while the memory of the rest is allocated.
+    """
+    session.make_plan()
+    everything = range(len(session.plan.tensors))
+    if resume is not None:
+        arrived = _check(session, resume)
+        session.allocate([index for index in everything if index not in arrived])
+        _take_over(session, resume, arrived)
+    session.make_transfer()
+    first = _count_first(session.plan, session.plan.device_nbytes * _FIRST)
+    for part in everything[:first], everything[first:]:
+        session.allocate(part)
+        session.begin(part.stop)
+
+
+def _count_first(plan: LoadPlan, nbytes: float) -> int:
+    """How many of the first tensors have that many bytes together."""
+    sums = accumulate(tensor.nbytes for tensor in plan.tensors)
+    return next((count for count, total in enumerate(sums, 1) if total >= nbytes), len(plan.tensors))
 
 
 def _check(session: Session, partial: Partial) -> dict[int, Tensor]:

@@ -11,9 +11,9 @@ from typing import Any, Final, Self
 
 from asyncload.errors import PlanError, SourceNotFoundError
 from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
-from asyncload.source import BlockingSource, Source, open_source
+from asyncload.source import BlockingSource, NativeFileSource, Source, open_source
 
-__all__ = ["ModelPath", "OpenedModel", "pause"]
+__all__ = ["ModelPath", "OpenedModel", "Pause"]
 
 ModelPath = str | os.PathLike[str] | Source | Sequence[Source]
 # A function that runs a blocking call on a thread, to its end.
@@ -26,12 +26,14 @@ _READ: Final = 4 << 20
 class OpenedModel:
     """A model's sources and its header; an async context manager that closes the sources which it opened itself.
 
-    ``run`` is where blocking calls go.
+    ``run`` is where blocking calls go; ``native`` lets C++ read files, where it can.
     """
 
-    def __init__(self, run: RunBlocking, *, strict: bool = False) -> None:
+    def __init__(self, run: RunBlocking, *, strict: bool = False, native: bool = True) -> None:
         self._run = run
         self._strict = strict
+        self._native = native
+        self._pause = Pause()
         self._owned: list[BlockingSource] = []
         self.sources: list[Source] = []
         self.header: Header
@@ -46,14 +48,15 @@ class OpenedModel:
         """What all sources were when they were opened."""
         return tuple(source.identity for source in self.sources)
 
-    async def open(self, path: ModelPath) -> None:
+    async def open(self, path: ModelPath, then: Callable[[], None] = lambda: None) -> None:
         """Opens the model's file, or all files of a split one, and reads the header.
 
-        ``path`` is a path, a source, or all parts' sources in order; the path may be that of any part. Raises
-        ``SourceError`` and ``FormatError``; a missing part is a ``SplitError``.
+        ``path`` is a path, a source, or all parts' sources in order; the path may be that of any part. ``then`` is
+        called on the thread on which it was opened, in one go. Raises ``SourceError`` and ``FormatError``, a missing
+        part is a ``SplitError``, and what ``then`` raises.
         """
         if isinstance(path, str | bytes | os.PathLike):
-            await self._run(self._open_path, os.fsdecode(path))
+            await self._run(self._open_path, os.fsdecode(path), then)
         else:
             given: list[object] = [path] if isinstance(path, Source) else list(path)
             self.sources = [source for source in given if isinstance(source, Source)]
@@ -61,9 +64,13 @@ class OpenedModel:
                 raise PlanError(f"a model is a path, a source or the sources of all its parts, not {path!r}")
             headers = [await self._read_header(source) for source in self.sources]
             names = [source.url for source in self.sources]
-            self.header = await self._run(join_parts, headers, names, pause=pause)
+            await self._run(self._join, headers, names, then)
 
-    def _open_path(self, path: str) -> None:
+    def _join(self, headers: Sequence[Header | None], names: Sequence[str], then: Callable[[], None]) -> None:
+        self.header = join_parts(headers, names, pause=self._pause)
+        then()
+
+    def _open_path(self, path: str, then: Callable[[], None]) -> None:
         source = self._open_source(path)
         first = _read_header_blocking(source, self._parser(source))
         paths = split_paths(path, split_count(first))
@@ -80,15 +87,15 @@ class OpenedModel:
             else:
                 self.sources.append(part)
                 headers.append(_read_header_blocking(part, self._parser(part)))
-        self.header = join_parts(headers, paths, pause=pause)
+        self._join(headers, paths, then)
 
     def _open_source(self, path: str) -> BlockingSource:
-        source = open_source(path)
+        source = open_source(path, native=self._native)
         self._owned.append(source)
         return source
 
     def _parser(self, source: Source) -> HeaderParser:
-        return HeaderParser(source.size, strict=self._strict, url=source.url, pause=pause)
+        return HeaderParser(source.size, strict=self._strict, url=source.url, pause=self._pause)
 
     async def _read_header(self, source: Source) -> Header:
         parser = self._parser(source)
@@ -110,13 +117,18 @@ class OpenedModel:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes what was opened here."""
-        if self._owned:
-            await self._run(self._close)
-
-    def _close(self) -> None:
+        """Closes what was opened here; a file of C++'s that is read on belongs to whoever reads it."""
+        blocking = [source for source in self._owned if not isinstance(source, NativeFileSource)]
         for source in self._owned:
-            source.close()
+            if isinstance(source, NativeFileSource):
+                source.close()
+        if blocking:
+            await self._run(_close, blocking)
+
+
+def _close(sources: Sequence[BlockingSource]) -> None:
+    for source in sources:
+        source.close()
 
 
 def _read_header_blocking(source: BlockingSource, parser: HeaderParser) -> Header:
@@ -135,10 +147,20 @@ def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
     return min(want, source.size - offset, 16 * _READ)
 
 
-def pause() -> None:
-    """Lets other threads have the interpreter lock: a thread in a tight loop would keep it for 5 ms at a time.
+class Pause:
+    """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
 
-    Long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the parser is often
-    back first.
+    It sleeps long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the loop is
+    often back first. Where another thread does not give the lock back at once, the next pause comes after as much work
+    as the last one took.
     """
-    time.sleep(1e-4)
+
+    def __init__(self) -> None:
+        self._not_before = 0.0
+
+    def __call__(self) -> None:
+        begin = time.perf_counter()
+        if begin >= self._not_before:
+            time.sleep(1e-4)
+            end = time.perf_counter()
+            self._not_before = 2 * end - begin

@@ -10,19 +10,19 @@ from typing import Any, Final
 from asyncload.device import DeviceMemory
 from asyncload.errors import DeviceError, TensorNotFoundError
 from asyncload.loader._kernels import prepare_kernels
-from asyncload.loader._open import ModelPath, OpenedModel, pause
+from asyncload.loader._open import ModelPath, OpenedModel, Pause
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
 from asyncload.options import DecodeOption
-from asyncload.pipeline import Backend, Engine, Sink, Transfer
+from asyncload.pipeline import Backend, Engine, Hears, Sink, Transfer
 from asyncload.plan import DtypeSpec, LoadPlan, Selection, plan_load
 from asyncload.quant.cuda import ALIGNMENT
 from asyncload.telemetry import ProgressCallback, ProgressMeter
 
 __all__ = ["Request", "Session"]
 
-# Tensors after which a loop on a thread lets others have the interpreter lock.
-_PAUSE_EVERY: Final = 200
+# Tensors that are made in one go, without letting others have the interpreter lock.
+_AT_ONCE: Final = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,28 +39,26 @@ class Request:
 class Session(Sink):
     """What all ways to load have in common; its blocking work runs on the engine's calling threads."""
 
-    hears = "end"
+    hears: Hears = "end"
     plan: LoadPlan
     backend: Backend
     meter: ProgressMeter
-    transfer: Transfer
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.engine = engine
         self.request = request
-        self.opened = OpenedModel(engine.callers.run, strict=engine.options.strict)
+        options = engine.options
+        self.opened = OpenedModel(engine.callers.run, strict=options.strict, native=options.engine == "native")
         self.memory: dict[int, Memory] = {}  # by the tensor's index in the plan, until it is handed out
         self.landed_tensors: set[int] = set()
         self.tensors: dict[str, Tensor] = {}  # once all of them are there
+        self.transfer: Transfer | None = None
 
-    async def open(self) -> None:
-        """Opens the sources and makes the plan, its kernels and its borrowed targets; nothing has moved then."""
-        await self.opened.open(self.request.path)
-        await self.engine.callers.run(self._make_plan)
-
-    def _make_plan(self) -> None:
+    def make_plan(self) -> None:
+        """Makes the plan of what was opened, its kernels and its borrowed targets; nothing has moved then. Blocks."""
         into = self.request.into or {}
-        self.engine.device.attach()
+        if into:
+            self.engine.device.attach()
         targets = {name: borrow(buffer, tensor_name=name) for name, buffer in into.items()}
         unaligned = {name for name, target in targets.items() if target.address % ALIGNMENT}
         self.backend = self.engine.backend(self.opened.sources)
@@ -71,6 +69,31 @@ class Session(Sink):
             prepare_kernels(self.engine, self.plan.kernels)
         if targets:
             self._take_targets(targets)
+
+    def make_transfer(self) -> None:
+        """Makes the transfer of what is not there yet; blocks."""
+        there = [self.plan.tensors[index] for index in self.landed_tensors]
+        self.meter = ProgressMeter(
+            self.opened.name,
+            nbytes=self.plan.device_nbytes,
+            tensors=len(self.plan.tensors),
+            callback=self.request.progress,
+            resumed=(sum(tensor.nbytes for tensor in there), len(there)),
+        )
+        self.hears = "chunk" if self.meter.listens else self.hears
+        self.transfer = self.backend.transfer(self.plan, self.opened.sources, self, skip=self.landed_tensors)
+        self.transfer.prepare()
+
+    def begin(self, count: int) -> None:
+        """Lets the first ``count`` tensors, which have memory, be moved."""
+        assert self.transfer is not None
+        self.transfer.admit(count)
+
+    async def run(self) -> None:
+        """Moves what is to be moved."""
+        assert self.transfer is not None
+        self.meter.start()
+        await self.transfer.run()
 
     def _plan(self, decode: DecodeOption, unaligned: Collection[str]) -> LoadPlan:
         return plan_load(
@@ -95,29 +118,12 @@ class Session(Sink):
         check_disjoint(targets)
         self.engine.device.barrier().synchronize()
 
-    def begin(self) -> None:
-        """Makes the transfer of what is not there yet; on the loop."""
-        there = [self.plan.tensors[index] for index in self.landed_tensors]
-        self.transfer = self.backend.transfer(self.plan, self.opened.sources, self, skip=self.landed_tensors)
-        self.meter = ProgressMeter(
-            self.opened.name,
-            nbytes=self.plan.device_nbytes,
-            tensors=len(self.plan.tensors),
-            callback=self.request.progress,
-            resumed=(sum(tensor.nbytes for tensor in there), len(there)),
-        )
-        self.hears = "chunk" if self.meter.listens else self.hears
-        self.meter.start()
-
-    async def allocate(self, tensors: Collection[int]) -> None:
-        """Allocates device memory for those of the tensors that have none."""
-        await self.engine.callers.run(self._allocate, tensors)
-
-    def _allocate(self, tensors: Collection[int]) -> None:
-        for index in tensors:
-            if index not in self.memory:
-                tensor = self.plan.tensors[index]
-                self.memory[index] = self.engine.tracker.allocate(tensor.nbytes, Purpose.WEIGHTS, tensor.info.name)
+    def allocate(self, tensors: Collection[int]) -> None:
+        """Allocates device memory for those of the tensors that have none; blocks."""
+        missing = [index for index in tensors if index not in self.memory]
+        sizes = {self.plan.tensors[index].info.name: self.plan.tensors[index].nbytes for index in missing}
+        for index, allocation in zip(missing, self.engine.tracker.allocate_all(sizes, Purpose.WEIGHTS), strict=True):
+            self.memory[index] = allocation
 
     def hand_out(self, index: int) -> Tensor:
         """Makes a tensor of a complete target, which is the tensor's from now on."""
@@ -134,13 +140,17 @@ class Session(Sink):
 
     async def finish(self) -> None:
         """Makes tensors of all targets."""
-        await self.engine.callers.run(self._hand_out_all)
+        if len(self.memory) > _AT_ONCE:
+            await self.engine.callers.run(self._hand_out_all)
+        else:
+            self._hand_out_all()
 
     def _hand_out_all(self) -> None:
-        for count, index in enumerate(sorted(self.memory)):
+        pause = Pause()
+        for count, index in enumerate(sorted(self.memory), 1):
             tensor = self.hand_out(index)
             self.tensors[tensor.name] = tensor
-            if count % _PAUSE_EVERY == 0:
+            if count % _AT_ONCE == 0:
                 pause()
 
     async def discard(self, *, keep_landed: bool = False) -> None:
@@ -149,8 +159,12 @@ class Session(Sink):
         What has landed is made into tensors instead where it is to be kept. An error of the device in this is the
         tracker's to log: what ended the load is what counts.
         """
-        with suppress(DeviceError):
-            await self.engine.callers.run(self._discard, keep_landed)
+        try:
+            if self.transfer is not None:
+                await self.transfer.end()
+        finally:
+            with suppress(DeviceError):
+                await self.engine.callers.run(self._discard, keep_landed)
 
     def _discard(self, keep_landed: bool) -> None:
         tensors, self.tensors = self.tensors, {}

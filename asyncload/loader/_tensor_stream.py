@@ -17,7 +17,7 @@ from asyncload.errors import ClosedError
 from asyncload.gguf import Header
 from asyncload.loader._session import Request, Session
 from asyncload.model import Tensor
-from asyncload.pipeline import Engine
+from asyncload.pipeline import Engine, Hears
 from asyncload.telemetry import ending
 
 __all__ = ["TensorStream"]
@@ -26,7 +26,7 @@ __all__ = ["TensorStream"]
 class _Window(Session):
     """A session whose tensors are begun only while those begun and not yet taken stay within ``ahead`` bytes."""
 
-    hears = "tensor"
+    hears: Hears = "tensor"
     limits = True
 
     def __init__(self, engine: Engine, request: Request, ahead: int) -> None:
@@ -36,12 +36,17 @@ class _Window(Session):
         self.ready: deque[int] = deque()
         self.changed = anyio.Event()
 
+    def prepare(self) -> None:
+        """Makes plan and transfer; blocks."""
+        self.make_plan()
+        self.make_transfer()
+
     async def admit(self, tensors: Sequence[int]) -> None:
         nbytes = sum(self.plan.tensors[index].nbytes for index in tensors)
         while self._outstanding and self._outstanding + nbytes > self._ahead:
             await self.changed.wait()
         self._outstanding += nbytes
-        await self.allocate(tensors)
+        await self.engine.callers.run(self.allocate, tensors)
 
     def landed(self, tensor: int) -> None:
         super().landed(tensor)
@@ -96,8 +101,7 @@ class TensorStream:
             session = _Window(engine, self._request, self._ahead)
             stack.push_async_callback(session.discard)
             await stack.enter_async_context(session.opened)
-            await session.open()
-            session.begin()
+            await session.opened.open(self._request.path, session.prepare)
             group = anyio.create_task_group()
             await group.__aenter__()
             stack.push_async_exit(partial(_leave, group))
@@ -108,7 +112,7 @@ class TensorStream:
 
     async def _move(self, session: _Window) -> None:
         try:
-            await session.transfer.run()
+            await session.run()
             session.meter.done()
         except BaseException as error:
             session.meter.failed(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from asyncload.device import Device, DeviceMemory, Residency
 from asyncload.errors import ClosedError, LedgerError, OutOfDeviceMemoryError, PlanError, ResidencyError
@@ -56,6 +56,25 @@ class VramTracker:
         if nbytes:
             self._record(entry)
         return Allocation(entry, self._reclaim)
+
+    def allocate_all(self, sizes: Mapping[str, int], purpose: Purpose) -> list[Allocation]:
+        """Allocates for several purposes at once, all or none; ``sizes`` are the bytes by their descriptions. Blocks.
+
+        Raises what ``allocate`` raises.
+        """
+        with self._lock:
+            self._check_open()
+        try:
+            memory = self._device.allocate_all(list(sizes.values()))
+        except OutOfDeviceMemoryError:  # one by one: what was dropped is freed first, and the error says what failed
+            return [self.allocate(nbytes, purpose, description) for description, nbytes in sizes.items()]
+        allocations: list[Allocation] = []
+        for each, description in zip(memory, sizes, strict=True):
+            entry = Entry(each, purpose, description)
+            if each.nbytes:
+                self._record(entry)
+            allocations.append(Allocation(entry, self._reclaim))
+        return allocations
 
     def _allocate(self, nbytes: int, purpose: Purpose, description: str) -> DeviceMemory:
         try:

@@ -12,7 +12,9 @@ from asyncload.pipeline._stats import LoadStats
 from asyncload.plan import LoadPlan
 from asyncload.source import Source
 
-__all__ = ["Backend", "Sink", "Transfer"]
+__all__ = ["Backend", "Hears", "Sink", "Transfer"]
+
+Hears = Literal["chunk", "tensor", "end"]
 
 
 class Sink:
@@ -23,7 +25,7 @@ class Sink:
     ``after`` are the events after which the targets may be written; the device waits for them.
     """
 
-    hears: Literal["chunk", "tensor", "end"] = "chunk"
+    hears: Hears = "chunk"
     limits: bool = False
     after: Sequence[Event] = ()
 
@@ -42,7 +44,18 @@ class Sink:
 
 
 class Transfer(Protocol):
-    """Moves the tensors of a plan from their sources into device memory, once."""
+    """Moves the tensors of a plan from their sources into device memory, once.
+
+    ``prepare``, ``admit`` and ``run`` are called in this order, ``end`` at last.
+    """
+
+    def prepare(self) -> None:
+        """Takes what it needs beside staging memory; blocks. Raises what the scratch's allocation raises."""
+        ...
+
+    def admit(self, count: int) -> None:
+        """Says that the first ``count`` tensors have their targets, if the sink does not limit; on any thread."""
+        ...
 
     def stats(self) -> LoadStats:
         """Where its time went, until now."""
@@ -51,9 +64,13 @@ class Transfer(Protocol):
     async def run(self) -> None:
         """Moves everything; returns when the last event has passed.
 
-        Raises the first error of a source, a copy or the sink. However it ends, no thread and no copy of this transfer
-        is under way any more, and all staging memory is back.
+        All tensors are admitted. Raises the first error of a source, a copy or the sink. However it ends, no thread and
+        no copy of this transfer is under way any more, and all staging memory is back.
         """
+        ...
+
+    async def end(self) -> None:
+        """Gives back what ``prepare`` took; what was admitted and never run is given up, and waited for."""
         ...
 
 
@@ -70,7 +87,7 @@ class Backend(Protocol):
     def transfer(
         self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
     ) -> Transfer:
-        """A transfer of a plan's tensors, but for those to skip, by their index."""
+        """A transfer of a plan's tensors, but for those to skip, by their index; on any thread."""
         ...
 
     @property

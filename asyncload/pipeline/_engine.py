@@ -50,7 +50,7 @@ class Engine:
         if self._asked.engine == "python":
             return None
         try:
-            native = NativeBackend(self.device, self.tracker, self.callers, self._asked)
+            native = NativeBackend(self.device, self.tracker, self._asked)
         except BackendUnavailableError:
             if self._asked.engine == "native":
                 raise
@@ -60,7 +60,7 @@ class Engine:
 
     def _open_python(self, stack: ExitStack) -> PythonBackend:
         options = replace(self._asked, engine="python").suited_to(self.device.info.kind)
-        self._python = PythonBackend(self.device, self.tracker, self.callers, options)
+        self._python = PythonBackend(self.device, self.tracker, options)
         stack.callback(self._python.close)
         return self._python
 

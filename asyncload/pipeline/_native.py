@@ -28,8 +28,7 @@ from asyncload.pipeline._backend import Sink
 from asyncload.pipeline._stats import LoadStats, load_stats, stage_workers
 from asyncload.plan import Decode, LoadPlan, TensorPlan
 from asyncload.quant import DType, kernel_address
-from asyncload.source import LocalSource, Source
-from asyncload.threads import Threads
+from asyncload.source import NativeFileSource, Source
 
 __all__ = ["NativeBackend", "NativeDevice"]
 
@@ -55,7 +54,7 @@ class NativeBackend:
     Raises ``BackendUnavailableError`` where the extension was not built, or cannot use the device.
     """
 
-    def __init__(self, device: Device, tracker: VramTracker, callers: Threads, options: Options) -> None:
+    def __init__(self, device: Device, tracker: VramTracker, options: Options) -> None:
         try:
             self.module: Any = import_module("asyncload_native")
         except ImportError as error:
@@ -67,7 +66,6 @@ class NativeBackend:
                 f"the native engine cannot use {type(device).__name__}", device=device.info.name
             )
         self.device = device
-        self.callers = callers
         self.options = options = replace(options, engine="native").suited_to(device.info.kind)
         self.scratch = Scratch(tracker, options.chunk_size, options.streams)
         with ExitStack() as stack:
@@ -92,13 +90,13 @@ class NativeBackend:
 
     def reads(self, sources: Sequence[Source]) -> bool:
         """Whether all of them are files that it can read."""
-        return all(isinstance(source, LocalSource) for source in sources)
+        return all(isinstance(source, NativeFileSource) for source in sources)
 
     def transfer(
         self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
     ) -> NativeTransfer:
         """A transfer by the engine's threads; the sources are files."""
-        files = [source for source in sources if isinstance(source, LocalSource)]
+        files = [source for source in sources if isinstance(source, NativeFileSource)]
         return NativeTransfer(self, plan, files, sink, skip=skip)
 
     @property
@@ -118,7 +116,7 @@ class NativeTransfer:
         self,
         backend: NativeBackend,
         plan: LoadPlan,
-        sources: Sequence[LocalSource],
+        sources: Sequence[NativeFileSource],
         sink: Sink,
         *,
         skip: Collection[int],
@@ -132,6 +130,7 @@ class NativeTransfer:
         self._missing = len(plan.tensors) - len(skip)  # tensors
         self._error: Exception | None = None
         self._scratch: Sequence[DeviceMemory] = ()
+        self._admitted = 0
 
     def stats(self) -> LoadStats:
         """Where its time went, until now."""
@@ -143,17 +142,15 @@ class NativeTransfer:
     async def run(self) -> None:
         """Moves everything."""
         try:
-            await self._backend.callers.run(self._submit)
             if self._sink.limits:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._admit_in_turn)
                     await self._follow()
                     group.cancel_scope.cancel()
             else:
-                self._admit(range(len(self._plan.tensors)))
                 await self._follow()
         finally:
-            await self._end()
+            await self._give_up()
         if self._error is None and self._news.failure is not None:
             self._error = self._describe(self._news.failure)
         if self._error is None and self._missing:  # a model is whole or an error
@@ -166,7 +163,8 @@ class NativeTransfer:
             finally:
                 del error  # it refers to this frame
 
-    def _submit(self) -> None:
+    def prepare(self) -> None:
+        """Hands the plan to the engine."""
         import numpy as np
 
         backend, module = self._backend, self._backend.module
@@ -175,7 +173,7 @@ class NativeTransfer:
             self._scratch = backend.scratch.acquire()
         try:
             job = module.Job(
-                files=[self._share(source) for source in self._sources],
+                files=[source.file for source in self._sources],
                 tensors=np.array(rows, np.uint64).reshape(-1, 10),
                 chunk_size=self._plan.chunk_size,
                 wake=getattr(module.Wake, self._sink.hears.upper()),
@@ -197,16 +195,14 @@ class NativeTransfer:
         place, blocks = _PLACES[tensor.decode], (info.type.type_size, tensor.block_nbytes)
         return info.part, info.offset, info.nbytes, tensor.nbytes, place, *blocks, *kernel, index in self._skip
 
-    def _share(self, source: LocalSource) -> Any:
-        try:
-            file = self._backend.module.File.share(source.url, source.fileno())
-        except OSError as error:
-            raise SourceReadError(str(error), url=source.url, errno=error.errno) from error
-        if file.identity != source.identity:
-            raise SourceChangedError(f"{source.url}: the file changed while it was being loaded", url=source.url)
-        return file
-
     # Admission
+
+    def admit(self, count: int) -> None:
+        """Has the groups moved that are complete with them, at once."""
+        groups = self._job.groups
+        whole = groups[count] if count < len(groups) else max(groups, default=-1) + 1
+        self._admit(range(self._admitted, count), whole)
+        self._admitted = count
 
     async def _admit_in_turn(self) -> None:
         """Has groups moved as the sink admits them."""
@@ -215,18 +211,17 @@ class NativeTransfer:
             if index not in self._skip:
                 groups.setdefault(group, []).append(index)
         try:
-            for tensors in groups.values():
+            for group, tensors in groups.items():
                 await self._sink.admit(tensors)
-                self._admit(range(tensors[0], tensors[-1] + 1))
+                self._admit(range(tensors[0], tensors[-1] + 1), group + 1)
         except Exception as error:  # noqa: BLE001 - it is raised by run, without the task group's wrapping
             self._fail(error)
 
-    def _admit(self, tensors: range) -> None:
-        """Has tensors moved, and those before them."""
+    def _admit(self, tensors: range, groups: int) -> None:
+        """Tells the engine where tensors go, and how many groups may be moved."""
         import numpy as np
 
         addresses = [0 if index in self._skip else self._sink.target(index).address for index in tensors]
-        groups = self._job.groups[tensors[-1]] + 1 if tensors else 0
         self._backend.engine.admit(self._job, groups, tensors.start, np.array(addresses, np.uint64))
 
     # Hearing of it
@@ -255,18 +250,22 @@ class NativeTransfer:
             self._error = error
         self._backend.engine.cancel(self._job)
 
-    async def _end(self) -> None:
-        """Cancels what is left, and waits until nothing is under way, however often it is cancelled itself."""
+    async def end(self) -> None:
+        """Gives scratch and descriptor back."""
         try:
-            if self._job is not None and not self._ended:
-                self._backend.engine.cancel(self._job)
-                await self._drain()
+            await self._give_up()
         finally:
             if self._job is not None:
                 self._job.close()
             if self._scratch:
                 self._scratch = ()
                 self._backend.scratch.release()
+
+    async def _give_up(self) -> None:
+        """Cancels what is left, and waits until nothing is under way, however often it is cancelled itself."""
+        if self._job is not None and not self._ended:
+            self._backend.engine.cancel(self._job)
+            await self._drain()
 
     @property
     def _ended(self) -> bool:

@@ -24,9 +24,8 @@ class PythonBackend:
     Whatever is opened is closed again when a later step of the opening fails.
     """
 
-    def __init__(self, device: Device, tracker: VramTracker, callers: Threads, options: Options) -> None:
+    def __init__(self, device: Device, tracker: VramTracker, options: Options) -> None:
         self.options = options
-        self.callers = callers
         self.scratch = Scratch(tracker, options.chunk_size, options.streams)
         with ExitStack() as stack:
             self.staging = StagingPool(device, options.chunk_size, options.buffers)

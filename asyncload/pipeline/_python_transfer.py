@@ -63,34 +63,44 @@ class PythonTransfer:
         self._stats = Stats(backend.options)
         self._chunks: Iterator[Chunk] = plan.chunks(skip)
         self._group = -1
-        self._next_chunk = anyio.Lock(fast_acquire=True)
         self._missing = [tensor.nbytes for tensor in plan.tensors]
         self._tensors_left = len(plan.tensors) - len(skip)
         self._share = backend.staging.share()
         self._scratch: Sequence[DeviceMemory] = ()  # by stream; only where the device decodes
         self._held: set[StagingBuffer] = set()  # touched on the loop only
-        self._loop = LoopHandle()
         self._lock = threading.Lock()
         self._arrivals: deque[_Arrival] = deque()
         self._on_device = 0
-        self._drained = anyio.Event()
-        self._finished = anyio.Event()
         self._error: BaseException | None = None
 
     def stats(self) -> LoadStats:
         """Where its time went, until now."""
         return self._stats.result()
 
+    def prepare(self) -> None:
+        """Has the scratch allocated, if the device decodes."""
+        if self._plan.kernels(Decode.DEVICE) and self._tensors_left:
+            self._scratch = self._backend.scratch.acquire()
+
+    def admit(self, count: int) -> None:
+        """Nothing: it begins when it is run."""
+
+    async def end(self) -> None:
+        """Gives the scratch back."""
+        if self._scratch:
+            self._scratch = ()
+            self._backend.scratch.release()
+
     async def run(self) -> None:
         """Moves everything."""
+        self._loop = LoopHandle()
+        self._next_chunk = anyio.Lock(fast_acquire=True)
+        self._drained = anyio.Event()
+        self._finished = anyio.Event()
         try:
             await self._run_tasks()
         finally:
-            try:
-                await self._drain()
-            finally:  # the wait ends with the cancellation that it outlasted
-                if self._scratch:
-                    self._backend.scratch.release()
+            await self._drain()
         error, self._error = self._error, None
         if error is not None:
             try:
@@ -101,8 +111,6 @@ class PythonTransfer:
     async def _run_tasks(self) -> None:
         if not self._tensors_left:
             return
-        if self._plan.kernels(Decode.DEVICE):
-            await self._backend.callers.run(self._acquire_scratch)
         options, streams = self._backend.options, self._backend.streams
         send, receive = anyio.create_memory_object_stream[_Filled](options.buffers)
         with send, receive:
@@ -115,9 +123,6 @@ class PythonTransfer:
                 group.cancel_scope.cancel()
         if not self._finished.is_set():  # a task was cancelled from outside, by the loop's own end
             raise anyio.get_cancelled_exc_class()
-
-    def _acquire_scratch(self) -> None:
-        self._scratch = self._backend.scratch.acquire()
 
     async def _drain(self) -> None:
         for buffer in self._held:

@@ -63,7 +63,7 @@ class LoadStats:
         return "decode" if decode.seconds > read.seconds else "read"
 
 
-def load_stats(
+def load_stats(  # noqa: PLR0917 - the sums, each once
     wall: float,
     workers: Mapping[str, int],
     seconds: Mapping[str, float],

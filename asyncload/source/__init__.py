@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 
-from asyncload.source._contract import BlockingSource, LocalSource, Source, check_read
+from asyncload.source._contract import BlockingSource, Source, check_read
 from asyncload.source._file import FileSource
 from asyncload.source._memory import MemorySource
+from asyncload.source._native_file import NativeFileSource
 
-__all__ = ["BlockingSource", "LocalSource", "MemorySource", "Source", "check_read", "open_source"]
+__all__ = ["BlockingSource", "MemorySource", "NativeFileSource", "Source", "check_read", "open_source"]
 
 
-def open_source(path: str | os.PathLike[str]) -> BlockingSource:
-    """Opens a local file for reading; blocks.
+def open_source(path: str | os.PathLike[str], *, native: bool = True) -> BlockingSource:
+    """Opens a local file for reading, for C++ threads too if ``native`` and the extension was built; blocks.
 
     Raises ``SourceNotFoundError`` if there is none, ``SourceReadError`` if it cannot be opened or is no regular file.
     """
+    if native:
+        try:
+            return NativeFileSource(os.fsdecode(path))
+        except ImportError:
+            pass
     return FileSource(path)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from asyncload.errors import RangeError
 
-__all__ = ["BlockingSource", "LocalSource", "Source", "check_read"]
+__all__ = ["BlockingSource", "Source", "check_read"]
 
 
 @runtime_checkable
@@ -53,15 +53,6 @@ class BlockingSource(Source, Protocol):
 
     def close(self) -> None:
         """``aclose`` for the calling thread."""
-        ...
-
-
-@runtime_checkable
-class LocalSource(BlockingSource, Protocol):
-    """A regular file, whose ``identity`` is device, inode, size and modification time in nanoseconds."""
-
-    def fileno(self) -> int:
-        """The descriptor by which it is open."""
         ...
 
 

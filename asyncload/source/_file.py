@@ -62,10 +62,6 @@ class FileSource:
         """Device, inode, size and modification time when it was opened."""
         return self._identity
 
-    def fileno(self) -> int:
-        """The descriptor, -1 once it is closed."""
-        return self._fd
-
     def read_into_blocking(self, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from byte ``offset`` on, and checks that the file is still the one that was opened."""
         check_read(self, offset, buffer.nbytes)

@@ -90,6 +90,23 @@ void CudaDevice::attach() {
     if (current != context_) driver_->cuCtxSetCurrent(context_);
 }
 
+std::vector<Address> CudaDevice::allocate(const std::vector<std::size_t>& sizes) {
+    attach();
+    std::vector<Address> addresses;
+    addresses.reserve(sizes.size());
+    for (const std::size_t nbytes : sizes) {
+        CUdeviceptr address = 0;
+        if (const CUresult code = nbytes ? driver_->cuMemAlloc.result(&address, nbytes) : CUDA_SUCCESS;
+            code != CUDA_SUCCESS) {
+            for (const Address allocated : addresses)
+                if (allocated) driver_->cuMemFree.result(allocated);
+            driver_->cuMemAlloc.fail(code);
+        }
+        addresses.push_back(address);
+    }
+    return addresses;
+}
+
 std::unique_ptr<Stream> CudaDevice::open_stream() {
     return std::make_unique<CudaStream>(*driver_);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "device.h"
 #include "driver.h"
@@ -21,6 +22,9 @@ class CudaDevice final : public Device {
     std::unique_ptr<Event> make_event(bool timing) override;
     std::unique_ptr<Event> adopt_event(std::uint64_t handle) override;
     bool in_place() const noexcept override { return false; }
+
+    // Allocates memory of these sizes, all or none; 0 for none.
+    std::vector<Address> allocate(const std::vector<std::size_t>& sizes);
 
   private:
     const std::shared_ptr<const Driver> driver_;

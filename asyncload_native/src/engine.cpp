@@ -121,7 +121,7 @@ class Engine::Worker {
         for (std::uint32_t attempt = 0;; ++attempt) {
             if (job.stopped_) return false;
             try {
-                reader_->read(*job.files_[chunk.file], chunk.offset, bytes);
+                job.choice_->read(readers_, *job.files_[chunk.file], chunk.offset, bytes);
                 job.files_[chunk.file]->check_unchanged();
                 break;
             } catch (const ReadError& error) {
@@ -246,7 +246,7 @@ class Engine::Worker {
     Engine& engine_;
     Device& device_;
     const std::uint32_t index_;
-    const std::unique_ptr<Reader> reader_ = make_reader(Strategy::pread);
+    Readers readers_;
     std::vector<Lane> lanes_;
     const std::unique_ptr<Stream> stream_;  // ends its work before the lanes' events go
     std::size_t next_ = 0;

@@ -14,7 +14,7 @@
 
 #include "device.h"
 #include "job.h"
-#include "reader.h"
+#include "reader_choice.h"
 
 namespace asyncload {
 

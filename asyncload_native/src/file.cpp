@@ -67,10 +67,14 @@ bool ReadError::transient() const noexcept {
 Unavailable::Unavailable(const std::string& what, int number)
     : ReadError(Kind::failed, number == 0 ? what : what + ": " + describe(number), number) {}
 
-std::shared_ptr<File> File::share(const std::string& path, int fd) {
-    Descriptor descriptor(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
-    if (descriptor.get() < 0) throw ReadError(ReadError::Kind::failed, path + ": " + describe(errno), errno);
-    return std::shared_ptr<File>(new File(path, std::move(descriptor)));
+std::shared_ptr<File> File::open(const std::string& path) {
+    if (path.find('\0') != std::string::npos) throw ReadError(ReadError::Kind::failed, path + ": embedded null byte");
+    try {
+        return std::shared_ptr<File>(new File(path, open_for_reading(path, 0)));
+    } catch (const std::system_error& error) {
+        const int number = error.code().value();
+        throw ReadError(ReadError::Kind::failed, path + ": " + describe(number), number);
+    }
 }
 
 std::shared_ptr<File> File::share(const std::string& path, int fd) {

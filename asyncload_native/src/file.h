@@ -50,7 +50,7 @@ class File : public std::enable_shared_from_this<File> {
   public:
     // Throws `ReadError` if it cannot be opened, with ENOENT if it is not there. Never waits for the writer of a FIFO.
     static std::shared_ptr<File> open(const std::string& path);
-    // The file that somebody holds open, by a descriptor of its own.
+    // The file that somebody holds open, by a descriptor of its own. Throws `ReadError` if it is no regular file.
     static std::shared_ptr<File> share(const std::string& path, int fd);
 
     const std::string& path() const noexcept { return path_; }

@@ -22,10 +22,17 @@ Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork>
     for (const Chunk& chunk : cut_.chunks)
         for (std::uint32_t at = 0; at < chunk.n_segments; ++at)
             groups_[cut_.segments[chunk.first_segment + at].tensor] = chunk.group;
+    std::uint32_t group = cut_.chunks.empty() ? 0 : cut_.chunks.back().group + 1;
+    for (std::size_t tensor = tensors_.size(); tensor-- > 0;)
+        if (tensors_[tensor].skip)
+            groups_[tensor] = group;
+        else
+            group = groups_[tensor];
     for (const TensorWork& tensor : tensors_) {
         missing_.push_back(tensor.target_nbytes);
         tensors_left_ += !tensor.skip;
     }
+    choice_.emplace(files_);
     descriptor_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (descriptor_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
 }
@@ -53,6 +60,11 @@ Job::News Job::poll() {
     return news;
 }
 
+std::string Job::reading() const {
+    const std::lock_guard lock(mutex_);
+    return choice_ ? choice_->reason() : reading_;
+}
+
 Times Job::times() const {
     const std::lock_guard lock(mutex_);
     return times_;
@@ -77,6 +89,8 @@ void Job::fail(Failure failure) {
 }
 
 void Job::settle() {
+    reading_ = choice_->reason();
+    choice_.reset();
     files_.clear();
     news_.ended = true;
     signal();

@@ -12,6 +12,7 @@
 
 #include "cut.h"
 #include "file.h"
+#include "reader_choice.h"
 
 namespace asyncload {
 
@@ -62,10 +63,12 @@ class Job : public std::enable_shared_from_this<Job> {
 
     // An eventfd; readable when there is news.
     int descriptor() const noexcept { return descriptor_; }
-    // For each tensor, the group that it is moved in; those that are skipped have the one of the tensor before.
+    // For each tensor, the group that it is moved in; that of a tensor that is skipped is the next one's.
     const std::vector<std::uint32_t>& groups() const noexcept { return groups_; }
     // What has happened since it was last asked.
     News poll();
+    // How its files are read, and why.
+    std::string reading() const;
     // Closes the descriptor; for who has heard of the end.
     void close();
     Times times() const;
@@ -80,7 +83,9 @@ class Job : public std::enable_shared_from_this<Job> {
     void settle();  // it has ended
     void signal();
 
-    std::vector<std::shared_ptr<const File>> files_;  // until its end
+    // Until its end:
+    std::vector<std::shared_ptr<const File>> files_;
+    std::optional<ReaderChoice> choice_;
     const std::vector<TensorWork> tensors_;
     const Cut cut_;
     const Wake wake_;
@@ -106,6 +111,7 @@ class Job : public std::enable_shared_from_this<Job> {
     bool signalled_ = false;
     News news_;
     Times times_;
+    std::string reading_;  // at the end
     Clock::time_point uploading_until_{};
 };
 

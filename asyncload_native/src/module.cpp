@@ -6,6 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "build_info.h"
 #include "cuda_device.h"
 #include "driver.h"
@@ -126,7 +128,9 @@ void bind_devices(nb::module_& module) {
         .def(nb::new_([](std::shared_ptr<Driver> driver, int index) {
                  return std::make_shared<CudaDevice>(std::move(driver), index);
              }),
-             "driver"_a, "index"_a, Unlocked(), "Raises CudaError.");
+             "driver"_a, "index"_a, Unlocked(), "Raises CudaError.")
+        .def("allocate", &CudaDevice::allocate, "sizes"_a, Unlocked(),
+             "The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.");
     nb::class_<HostDevice, Device>(module, "HostDevice", "Host memory, with a thread for each stream.")
         .def(nb::new_([] { return std::make_shared<HostDevice>(); }))
         .def(
@@ -142,7 +146,32 @@ void bind_devices(nb::module_& module) {
 
 void bind_job(nb::module_& module) {
     nb::class_<File>(module, "File", "A file held open.")
-        .def_static("share", &File::share, "path"_a, "descriptor"_a, "By a descriptor of its own; raises OSError.")
+        .def_static("share", &File::share, "path"_a, "descriptor"_a, "By a descriptor of its own, or raises ReadError.")
+        .def_static(
+            "open",
+            [](const std::string& path, std::uint64_t head) {
+                std::shared_ptr<File> file;
+                std::string beginning;
+                {
+                    const nb::gil_scoped_release unlocked;
+                    file = File::open(path);
+                    beginning.resize(std::min(head, file->size()));
+                    make_reader(Strategy::pread)
+                        ->read(*file, 0, {reinterpret_cast<std::byte*>(beginning.data()), beginning.size()});
+                }
+                return nb::make_tuple(file, nb::bytes(beginning.data(), beginning.size()));
+            },
+            "path"_a, "head"_a,
+            "Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises\n"
+            "ReadError.",
+            nb::sig("def open(path: str, head: int) -> tuple[File, bytes]"))
+        .def(
+            "read",
+            [](const File& file, std::uint64_t offset, const Bytes& buffer) {
+                make_reader(Strategy::pread)->read(file, offset, bytes(buffer));
+                file.check_unchanged();
+            },
+            "offset"_a, "buffer"_a, Unlocked(), "Fills a buffer, or raises ReadError, also if the file has changed.")
         .def_prop_ro(
             "identity",
             [](const File& file) {
@@ -200,6 +229,7 @@ void bind_job(nb::module_& module) {
         .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
         .def("poll", &Job::poll, "What has happened since it was last asked.")
         .def("close", &Job::close, "Closes the descriptor; for who has heard of the end.")
+        .def_prop_ro("reading", &Job::reading, "How its files are read, and why.")
         .def("times", &Job::times, "Where its time went, until now.");
 }
 

@@ -1,0 +1,87 @@
+"""A local file that C++ reads: each call is one, and the interpreter lock is given up once for it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Final
+
+from asyncload.errors import SourceChangedError, SourceNotFoundError, SourceReadError
+from asyncload.source._contract import check_read
+from asyncload.threads import run_in_thread
+
+__all__ = ["NativeFileSource"]
+
+_HEAD: Final = 256 << 10  # bytes that are read along when it is opened: where a model's header begins
+
+
+class NativeFileSource:
+    """A regular file, held open; its identity is device, inode, size and modification time.
+
+    ``file`` is the ``asyncload_native.File``, which whoever holds it may go on to read after the source was closed.
+    Raises ``ImportError`` where the extension was not built, ``SourceNotFoundError`` or ``SourceReadError`` if the file
+    cannot be opened. Blocks.
+    """
+
+    def __init__(self, path: str) -> None:
+        opened: Any = import_module("asyncload_native").File.open
+        self._path = path
+        with self._mapping_errors(opening=True):
+            self.file, self._head = opened(path, _HEAD)
+        self._identity: tuple[int, ...] = self.file.identity
+
+    @property
+    def url(self) -> str:
+        """The path as it was given."""
+        return self._path
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file when it was opened."""
+        return self._identity[2]
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Device, inode, size and modification time when it was opened."""
+        return self._identity
+
+    def read_into_blocking(self, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from byte ``offset`` on, and checks that the file is still the one that was opened."""
+        check_read(self, offset, buffer.nbytes)
+        if offset + buffer.nbytes <= len(self._head):
+            buffer[:] = self._head[offset : offset + buffer.nbytes]
+            return
+        with self._mapping_errors():
+            self.file.read(offset, buffer)
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """``read_into_blocking`` on a thread of its own."""
+        await run_in_thread(self.read_into_blocking, offset, buffer)
+
+    def close(self) -> None:
+        """Lets the file go."""
+        self.file = None
+
+    async def aclose(self) -> None:
+        """Lets the file go."""
+        self.close()
+
+    @contextmanager
+    def _mapping_errors(self, *, opening: bool = False) -> Generator[None]:
+        module: Any = import_module("asyncload_native")
+        try:
+            yield
+        except module.ReadError as error:
+            if opening and error.errno == errno.ENOENT:
+                raise SourceNotFoundError(f"{self._path}: no such file", url=self._path) from error
+            if error.kind == "changed":
+                raise SourceChangedError(error.strerror, url=self._path) from error
+            raise SourceReadError(
+                error.strerror,
+                url=self._path,
+                offset=None if opening else error.offset,
+                transient=error.transient,
+                errno=error.errno or None,
+            ) from error
