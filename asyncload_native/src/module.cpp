@@ -278,6 +278,9 @@ void bind_readers(nb::module_& module) {
                 choice.read(readers, file, offset, bytes(buffer));
             },
             "file"_a, "offset"_a, "buffer"_a, Unlocked(), "Fills a buffer, or raises ReadError.")
+        .def("choose", &ReaderChoice::choose, "file"_a, "offset"_a, "nbytes"_a, Unlocked(),
+             "The strategy for some bytes, or None for pread without a report.")
+        .def("report", &ReaderChoice::report, "strategy"_a, "nbytes"_a, "seconds"_a, Unlocked(), "What came of it.")
         .def_prop_ro("reason", &ReaderChoice::reason, "What was chosen until now, and why.");
 }
 

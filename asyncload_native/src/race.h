@@ -12,7 +12,7 @@ namespace asyncload {
 
 // Knows neither files nor clocks, and no lock: its owner's.
 class Race {
-public:
+  public:
     // Bytes that each strategy reads before one of them wins.
     static constexpr std::uint64_t distance = 16 << 20;
     // How many times as fast as pread another must be: what pread reads stays in the page cache for the next load.
@@ -31,7 +31,7 @@ public:
     // The winner, or that there is none yet, and the figures, in words.
     std::string describe() const;
 
-private:
+  private:
     struct Runner {
         std::uint64_t given = 0;  // bytes
         std::uint64_t nbytes = 0;

@@ -12,8 +12,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Whether the page cache has some bytes, judged by a few of them. Always others: to ask for a page brings it in, so that
-// the same ones would be there the next time.
+// Whether the page cache has some bytes, judged by a few of them. Always others: to ask for a page brings it in, so
+// that the same ones would be there the next time.
 bool in_page_cache(const File& file, std::uint64_t offset, std::size_t nbytes) {
     constexpr int samples = 4;
     thread_local std::minstd_rand random(static_cast<unsigned>(Clock::now().time_since_epoch().count()));
@@ -49,20 +49,21 @@ void ReaderChoice::read(Readers& readers, const File& file, std::uint64_t offset
     }
 }
 
-// Nothing stands for pread, unmeasured.
 std::optional<Strategy> ReaderChoice::choose(const File& file, std::uint64_t offset, std::size_t nbytes) {
-    if (pread_won_.load(std::memory_order_relaxed)) return std::nullopt;
+    const Phase phase = phase_;
+    if (phase == Phase::pread) return std::nullopt;
     if (file.size() < small_file || nbytes < small_read) {
-        small_.store(true, std::memory_order_relaxed);
+        small_ = true;
         return std::nullopt;
     }
-    const bool cached = in_page_cache(file, offset, nbytes);
-    const std::lock_guard lock(mutex_);
-    if (cached && (!race_ || is_direct(race_->next()))) {
+    // during a race it may be what others have had read ahead, and would not let it come to an end
+    if (phase != Phase::race && in_page_cache(file, offset, nbytes)) {
         cached_ += nbytes;
         return std::nullopt;
     }
+    const std::lock_guard lock(mutex_);
     if (!race_) race_ = begin_race();
+    settle();
     const Strategy strategy = race_->next();
     race_->give(strategy, nbytes);
     return strategy;
@@ -86,13 +87,18 @@ Race ReaderChoice::begin_race() const {
 void ReaderChoice::report(Strategy strategy, std::uint64_t nbytes, double seconds) {
     const std::lock_guard lock(mutex_);
     race_->report(strategy, nbytes, seconds);
-    pread_won_ = race_->winner() == Strategy::pread;
+    settle();
 }
 
 void ReaderChoice::drop(Strategy strategy, const std::string& why) {
     const std::lock_guard lock(mutex_);
     race_->drop(strategy, why);
-    pread_won_ = race_->winner() == Strategy::pread;
+    settle();
+}
+
+void ReaderChoice::settle() {
+    const auto winner = race_->winner();
+    phase_ = !winner ? Phase::race : *winner == Strategy::pread ? Phase::pread : Phase::other;
 }
 
 std::string ReaderChoice::reason() const {

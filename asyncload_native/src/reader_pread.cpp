@@ -11,7 +11,7 @@ namespace asyncload {
 namespace {
 
 class PreadReader final : public Reader {
-public:
+  public:
     void read(const File& file, std::uint64_t offset, std::span<std::byte> buffer) override {
         pread_all(file, offset, buffer);
     }
@@ -25,7 +25,8 @@ void pread_all(const File& file, std::uint64_t offset, std::span<std::byte> buff
         if (count == 0) {
             file.check_unchanged();
             const std::uint64_t end = std::min(offset, file.size());  // which has not changed
-            throw ReadError(ReadError::Kind::ended, file.path() + ": the file ended at byte " + std::to_string(end), 0, end);
+            throw ReadError(ReadError::Kind::ended, file.path() + ": the file ended at byte " + std::to_string(end), 0,
+                            end);
         }
         if (count > 0) {
             offset += static_cast<std::uint64_t>(count);
@@ -36,6 +37,8 @@ void pread_all(const File& file, std::uint64_t offset, std::span<std::byte> buff
     }
 }
 
-std::unique_ptr<Reader> make_pread_reader() { return std::make_unique<PreadReader>(); }
+std::unique_ptr<Reader> make_pread_reader() {
+    return std::make_unique<PreadReader>();
+}
 
 }  // namespace asyncload

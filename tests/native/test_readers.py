@@ -166,7 +166,8 @@ class TestEveryStrategy:
         assert caught.value.kind == "changed"
         assert not caught.value.transient
 
-    def test_after_a_failure_nothing_writes_to_the_buffer(self, path: Path, strategy: str) -> None:
+    @pytest.mark.parametrize("_attempt", range(5))
+    def test_after_a_failure_nothing_writes_to_the_buffer(self, path: Path, strategy: str, _attempt: int) -> None:
         """A page that may not be written fails one request, while others wait for the disk."""
         from asyncload_native import ReadError
 
@@ -181,12 +182,13 @@ class TestEveryStrategy:
         try:
             with pytest.raises(ReadError, match="Bad address") as caught:
                 read(share(path), 0, buffer, strategy)
+            before = buffer[:: mmap.PAGESIZE].copy()  # quickly: the disk takes a millisecond
         finally:
             assert protect(address, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
         assert (caught.value.kind, caught.value.errno, caught.value.transient) == ("failed", errno.EFAULT, False)
-        buffer[:] = 0xEE
+        leave_the_page_cache(path)
         path.read_bytes()  # the disk has answered by then
-        assert (buffer == 0xEE).all()
+        assert (buffer[:: mmap.PAGESIZE] == before).all()
 
     def test_signals_do_not_end_a_read(self, path: Path, data: bytes, strategy: str) -> None:
         stop, reader = threading.Event(), threading.main_thread().ident
@@ -464,6 +466,27 @@ class TestTheChoice:
             "uring",
             "uring-direct",
         ]
+
+    @pytest.mark.direct
+    @pytest.mark.uring
+    def test_whoever_has_won_what_the_page_cache_has_is_read_by_pread(self, large: Path) -> None:
+        from asyncload_native import ReaderChoice, Strategy
+
+        leave_the_page_cache(large)
+        file = share(large)
+        choice = ReaderChoice([file])
+        seconds = {strategy: 0.1 if strategy is Strategy.DIRECT else 1.0 for strategy in Strategy}
+        for offset in range(0, 16 * CHUNK, CHUNK):
+            strategy = choice.choose(file, offset, CHUNK)
+            assert strategy is not None
+            choice.report(strategy, CHUNK, seconds[strategy])
+        assert choice.reason.startswith("direct: ")
+        assert choice.choose(file, 17 * CHUNK, CHUNK) is Strategy.DIRECT
+        read(file, 17 * CHUNK, aligned(CHUNK), "PREAD")
+        assert choice.choose(file, 17 * CHUNK, CHUNK) is None
+        assert choice.choose(file, 17 * CHUNK, CHUNK // 8) is None, "too small"
+        assert choice.choose(file, 18 * CHUNK, CHUNK) is Strategy.DIRECT
+        assert choice.reason.endswith("; 4 MiB in the page cache, read by pread")
 
     @pytest.mark.direct
     @pytest.mark.uring
