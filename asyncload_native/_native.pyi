@@ -68,11 +68,14 @@ class HostDevice(Device):
 
     def __init__(self) -> None: ...
 
-    def set_pace(self, bandwidth: float, latency: float, poison: bool, failing: Sequence[int]) -> None:
+    def set_pace(self, bandwidth: float, latency: float, poison: bool) -> None:
         """
-        Sets bytes a second of all copies (0: as memory is) and seconds before each, whether what is free is
-        overwritten, and which copies fail, by their numbers from 1 and from now on.
+        Sets bytes a second of all copies (0: as memory is), seconds before each, and whether what is free is
+        overwritten.
         """
+
+    def fail_copy(self, number: int) -> None:
+        """Has a copy fail, by its number: 1 is the next."""
 
 class File:
     """A file held open."""
@@ -117,6 +120,9 @@ class Failure:
 
     @property
     def error_number(self) -> int: ...
+
+    @property
+    def transient(self) -> bool: ...
 
     @property
     def code(self) -> str: ...
@@ -196,6 +202,9 @@ class Job:
 
     def poll(self) -> News:
         """What has happened since it was last asked."""
+
+    def close(self) -> None:
+        """Closes the descriptor; for who has heard of the end."""
 
     def times(self) -> Times:
         """Where its time went, until now."""
@@ -286,6 +295,10 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """Has a job end as soon as nothing of it is under way."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job uses a staging buffer."""
 
     def close(self) -> None:
         """Ends all jobs and the threads; blocks."""
