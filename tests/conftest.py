@@ -92,6 +92,17 @@ def _missing_strategy(name: str) -> Callable[[], str | None]:
     return missing
 
 
+@cache
+def _missing_nowait() -> str | None:
+    """Why the page cache cannot be asked about files in the folder for temporary ones, or None."""
+    with NamedTemporaryFile() as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except OSError as error:
+            return f"RWF_NOWAIT: {error.strerror}"
+    return None
+
+
 def _missing_demo_model() -> str | None:
     from bench._demo_model import NAME, cache_folder
 
@@ -103,6 +114,7 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
     "native": _missing_native,
     "direct": _missing_strategy("DIRECT"),
     "uring": _missing_strategy("URING"),
+    "nowait": _missing_nowait,
     "torch": _missing_package("torch"),
     "transformers": _missing_package("transformers"),
     "cupy": _missing_package("cupy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import resource
@@ -74,6 +75,7 @@ def aligned(nbytes: int, shift: int = 0) -> Any:
 
 
 def descriptors() -> int:
+    gc.collect()  # files in the tracebacks of tests before
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -428,6 +430,7 @@ def read_through(choice: ReaderChoice, file: File, *, first: int = 0, step: int 
 
 
 class TestTheChoice:
+    @pytest.mark.nowait
     def test_what_the_page_cache_has_is_read_by_pread_without_a_race(self, large: Path) -> None:
         from asyncload_native import ReaderChoice
 
@@ -469,6 +472,7 @@ class TestTheChoice:
         ]
 
     @pytest.mark.direct
+    @pytest.mark.nowait
     @pytest.mark.uring
     def test_whoever_has_won_what_the_page_cache_has_is_read_by_pread(self, large: Path) -> None:
         from asyncload_native import ReaderChoice, Strategy
