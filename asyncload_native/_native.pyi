@@ -63,6 +63,11 @@ class CudaDevice(Device):
     def __init__(self, driver: Driver, index: int) -> None:
         """Raises CudaError."""
 
+    def allocate(self, sizes: Sequence[int]) -> list[int]:
+        """
+        The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.
+        """
+
 class HostDevice(Device):
     """Host memory, with a thread for each stream."""
 
@@ -82,7 +87,17 @@ class File:
 
     @staticmethod
     def share(path: str, descriptor: int) -> File:
-        """By a descriptor of its own; raises OSError."""
+        """By a descriptor of its own, or raises ReadError."""
+
+    @staticmethod
+    def open(path: str, head: int) -> tuple[File, bytes]:
+        """
+        Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises
+        ReadError.
+        """
+
+    def read(self, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """Fills a buffer, or raises ReadError, also if the file has changed."""
 
     @property
     def identity(self) -> tuple:
@@ -205,6 +220,10 @@ class Job:
 
     def close(self) -> None:
         """Closes the descriptor; for who has heard of the end."""
+
+    @property
+    def reading(self) -> str:
+        """How its files are read, and why."""
 
     def times(self) -> Times:
         """Where its time went, until now."""
