@@ -24,6 +24,7 @@ examples:
   asyncload plan model.gguf --free 8GiB --context 8192
                                                    which layers would stay in 8 GiB, and which would stream
   asyncload warmup                                 compile all kernels now, so that no load has to
+  asyncload doctor                                 what a load would work with here, and what is missing
 
 environment:
   ASYNCLOAD_CHUNK_SIZE=64MiB, ASYNCLOAD_STAGING, ASYNCLOAD_THREADS, ASYNCLOAD_STREAMS and their like set the options
@@ -70,6 +71,14 @@ def make_parser() -> argparse.ArgumentParser:
             "warmup",
             help="compile the decoding kernels ahead of the first load",
             description="Compiles all decoding kernels that are not yet in the caches on disk.",
+        )
+    )
+    _doctor_arguments(
+        commands.add_parser(
+            "doctor",
+            help="show what a load would work with here, and what is missing",
+            description="Shows the engine that would serve and why, drivers, devices, compilers, caches, memory. Exits "
+            "with 1 where a load cannot work.",
         )
     )
     return parser
@@ -128,6 +137,12 @@ def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", metavar="DTYPE", action="append", help="bf16, f16 or f32 (default: all); may be given more than once"
     )
     parser.set_defaults(command=_warmup)
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="host, cuda or cuda:N (default: the first GPU, else host)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=_doctor)
 
 
 def _request_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,3 +246,9 @@ def _warmup(arguments: argparse.Namespace) -> None:
     from asyncload.cli._warmup import warm_up
 
     warm_up(device=arguments.device, dtypes=arguments.dtype)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from asyncload.cli._doctor import doctor
+
+    doctor(device=arguments.device, as_json=arguments.json)

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from enum import StrEnum
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from asyncload.errors import OptionsError
 from asyncload.gguf import GGMLType
 
-__all__ = ["FAMILIES", "DType", "can_decode", "decode", "kernel_address", "native_dtype", "prepare", "refusal"]
+__all__ = [
+    "FAMILIES",
+    "DType",
+    "can_decode",
+    "compiler",
+    "decode",
+    "kernel_address",
+    "native_dtype",
+    "prepare",
+    "refusal",
+]
 
 
 class DType(StrEnum):
@@ -151,3 +162,12 @@ def kernel_address(type: GGMLType, dtype: DType) -> int:  # noqa: A002
     from asyncload.quant._prepare import kernel_address as address_of_kernel
 
     return address_of_kernel(type, dtype)
+
+
+def compiler() -> tuple[str, Path | None]:
+    """The version of Numba, and the folder that keeps what it has compiled; None where none can be written to."""
+    import numba
+
+    from asyncload.quant._compiled import cache_folder
+
+    return numba.__version__, cache_folder()

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -176,7 +177,7 @@ void bind_job(nb::module_& module) {
             "identity",
             [](const File& file) {
                 const auto& [device, inode, size, modified] = file.identity();
-                return nb::make_tuple(device, inode, size, modified);
+                return std::make_tuple(device, inode, size, modified);
             },
             "Device, inode, size, and modification time in nanoseconds.");
 

@@ -8,6 +8,7 @@ driver.
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncload.errors import UnsupportedQuantError
@@ -18,7 +19,7 @@ from asyncload.quant import can_decode as can_decode_on_host
 if TYPE_CHECKING:
     from asyncload.quant.cuda._program import Kernel
 
-__all__ = ["ALIGNMENT", "can_decode", "compile_kernels", "kernel_name", "prepare", "source"]
+__all__ = ["ALIGNMENT", "can_decode", "compile_kernels", "compiler", "kernel_name", "prepare", "source"]
 
 #: What the address of a target is a multiple of, in bytes; where the type has no blocks, the weight's size is enough.
 ALIGNMENT: Final = 16
@@ -71,3 +72,13 @@ def prepare(arch: str, pairs: Collection[tuple[GGMLType, DType]]) -> dict[tuple[
     from asyncload.quant.cuda._prepare import prepare as prepare_kernels
 
     return prepare_kernels(arch, pairs)
+
+
+def compiler() -> tuple[str, Path | None]:
+    """The version of NVRTC, and the folder that keeps what it has compiled; None where there is none.
+
+    Raises ``BackendUnavailableError`` where NVRTC is missing.
+    """
+    from asyncload.quant.cuda._program import compiler as describe_compiler
+
+    return describe_compiler()

@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import Any, Final
 
 from asyncload.errors import BackendUnavailableError
@@ -19,7 +20,7 @@ from asyncload.quant import DType
 from asyncload.quant.cuda import ALIGNMENT, kernel_name
 from asyncload.quant.cuda._source import assemble
 
-__all__ = ["Kernel", "compile_program", "load_nvrtc"]
+__all__ = ["Kernel", "compile_program", "compiler", "load_nvrtc"]
 
 _log: Final = logging.getLogger("asyncload.quant")
 _THREADS: Final = 256  # of a block of threads, as the kernels are bounded to
@@ -61,6 +62,16 @@ def load_nvrtc() -> None:
                     dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
                     dlopen(os.fsencode(file.locate()), os.RTLD_NOW)
                     return
+
+
+def compiler() -> tuple[str, Path | None]:
+    """Asks NVRTC; see ``asyncload.quant.cuda.compiler``."""
+    try:
+        load_nvrtc()
+        _, major, minor = import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # what the bindings raise without the library
+        raise BackendUnavailableError(f"there is no NVRTC: {error}", device="cuda") from error
+    return f"{major}.{minor}", getattr(_open_cache(), "_root", None)  # cuda.core has no public way
 
 
 def _open_cache() -> Any:
