@@ -65,33 +65,43 @@ def test_blocking_calls_without_a_loop_pass(inner: pytest.Pytester) -> None:
     run(inner, f"{BLOCKING}\ndef test_it():\n    names['block']()\n").assert_outcomes(passed=1)
 
 
-NEEDS_GPU = """
+NEEDS = """
 import pytest
 
-@pytest.mark.gpu
+@pytest.mark.{need}
 def test_one():
     raise AssertionError("ran")
 
-@pytest.mark.gpu
+@pytest.mark.{need}
 def test_two():
     raise AssertionError("ran")
 """
 
 
-def test_a_missing_gpu_is_said_loudly(inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["gpu", "native"])
+def missing(request: pytest.FixtureRequest, inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Something that tests need and that is not there, and not required."""
+    need: str = request.param
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("ASYNCLOAD_REQUIRE_GPU", raising=False)
-    result = run(inner, NEEDS_GPU)
+    inner.makepyfile(asyncload_native="raise ImportError('was not built')")
+    monkeypatch.delenv(f"ASYNCLOAD_REQUIRE_{need.upper()}", raising=False)
+    return need
+
+
+def test_what_is_missing_is_said_loudly(inner: pytest.Pytester, missing: str) -> None:
+    result = run(inner, NEEDS.format(need=missing))
     result.assert_outcomes(skipped=2)
-    result.stdout.fnmatch_lines(["*GPU: 2 tests did NOT run*", "GPU: *"])
+    result.stdout.fnmatch_lines([f"*{missing.upper()}: 2 tests did NOT run*", f"{missing.upper()}: *"])
 
 
-def test_a_missing_gpu_fails_where_one_is_required(inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("ASYNCLOAD_REQUIRE_GPU", "1")
-    result = run(inner, NEEDS_GPU)
+def test_what_is_missing_fails_where_it_is_required(
+    inner: pytest.Pytester, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = f"ASYNCLOAD_REQUIRE_{missing.upper()}"
+    monkeypatch.setenv(variable, "1")
+    result = run(inner, NEEDS.format(need=missing))
     assert result.parseoutcomes().get("failed", 0) + result.parseoutcomes().get("errors", 0) == 2
-    assert "ASYNCLOAD_REQUIRE_GPU=1, but: " in result.stdout.str()
+    assert f"{variable}=1, but: " in result.stdout.str()
 
 
 def test_warnings_are_errors(inner: pytest.Pytester) -> None:
