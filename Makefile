@@ -1,4 +1,4 @@
-# Everything sets itself up: python3, its venv module and make are enough.
+# Everything sets itself up: python3, its venv module and headers, a C++20 compiler and make are enough.
 # VENV=dir uses another place for the virtual environment, PYTHON=python3.12 another interpreter to make it with.
 PYTHON ?= python3
 VENV ?= .venv
