@@ -4,7 +4,7 @@ The data path of asyncload in C++ threads, which never need the interpreter lock
 
 from collections.abc import Sequence
 import enum
-from typing import Annotated
+from typing import Annotated, Final
 
 import numpy
 from numpy.typing import NDArray
@@ -31,6 +31,17 @@ class CudaError(DeviceError):
 
     name: str = ...
 
+class ReadError(OSError):
+    """
+    The bytes of a file could not be had: reading ``failed``, the file ``ended``, or it is ``changed``.
+    """
+
+    kind: str = ...
+
+    offset: int = ...
+
+    transient: bool = ...
+
 class Driver:
     """The CUDA driver's functions, from a library given by name or path."""
 
@@ -52,6 +63,11 @@ class CudaDevice(Device):
     def __init__(self, driver: Driver, index: int) -> None:
         """Raises CudaError."""
 
+    def allocate(self, sizes: Sequence[int]) -> list[int]:
+        """
+        The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.
+        """
+
 class HostDevice(Device):
     """Host memory, with a thread for each stream."""
 
@@ -71,7 +87,17 @@ class File:
 
     @staticmethod
     def share(path: str, descriptor: int) -> File:
-        """By a descriptor of its own; raises OSError."""
+        """By a descriptor of its own, or raises ReadError."""
+
+    @staticmethod
+    def open(path: str, head: int) -> tuple[File, bytes]:
+        """
+        Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises
+        ReadError.
+        """
+
+    def read(self, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """Fills a buffer, or raises ReadError, also if the file has changed."""
 
     @property
     def identity(self) -> tuple[int, int, int, int]:
@@ -195,8 +221,74 @@ class Job:
     def close(self) -> None:
         """Closes the descriptor; for who has heard of the end."""
 
+    @property
+    def reading(self) -> str:
+        """How its files are read, and why."""
+
     def times(self) -> Times:
         """Where its time went, until now."""
+
+class Strategy(enum.Enum):
+    """A way of reading."""
+
+    PREAD = 0
+
+    DIRECT = 1
+
+    URING = 2
+
+    URING_DIRECT = 3
+
+def unavailable(strategy: Strategy, file: File) -> str | None:
+    """Why a file cannot be read like this here, or None."""
+
+def read(file: File, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], strategy: Strategy) -> None:
+    """Fills a buffer, or raises ReadError."""
+
+def is_transient(error_number: int) -> bool:
+    """Whether a read that failed with it may succeed when it is made again."""
+
+class Race:
+    """Finds out which strategy is the fastest."""
+
+    def __init__(self) -> None: ...
+
+    distance: Final[int] = ...
+    """Bytes that each strategy reads before one of them wins."""
+
+    margin: Final[float] = ...
+    """How many times as fast as pread another must be."""
+
+    def next(self) -> Strategy:
+        """Whose turn it is."""
+
+    def give(self, strategy: Strategy, nbytes: int) -> None:
+        """It reads these bytes now."""
+
+    def report(self, strategy: Strategy, nbytes: int, seconds: float) -> None:
+        """What came of it."""
+
+    def drop(self, strategy: Strategy, reason: str) -> None:
+        """It cannot be used."""
+
+    @property
+    def winner(self) -> Strategy | None:
+        """None before there is one."""
+
+    def describe(self) -> str:
+        """The winner and the figures, in words."""
+
+class ReaderChoice:
+    """Reads the files of a load, as suits them."""
+
+    def __init__(self, files: Sequence[File]) -> None: ...
+
+    def read(self, file: File, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """Fills a buffer, or raises ReadError."""
+
+    @property
+    def reason(self) -> str:
+        """What was chosen until now, and why."""
 
 class Engine:
     """Threads that read, decode and copy."""
