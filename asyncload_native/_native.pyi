@@ -286,6 +286,12 @@ class ReaderChoice:
     def read(self, file: File, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
         """Fills a buffer, or raises ReadError."""
 
+    def choose(self, file: File, offset: int, nbytes: int) -> Strategy | None:
+        """The strategy for some bytes, or None for pread without a report."""
+
+    def report(self, strategy: Strategy, nbytes: int, seconds: float) -> None:
+        """What came of it."""
+
     @property
     def reason(self) -> str:
         """What was chosen until now, and why."""
