@@ -83,6 +83,31 @@ def test_metadata_say_what_a_reader_builds_a_llama_from(tmp_path: Path) -> None:
     assert {key: header.metadata[f"llama.{key}"] for key in wanted} == wanted
 
 
+def test_metadata_say_what_a_reader_builds_a_gemma_from(tmp_path: Path) -> None:
+    (path,) = synthesize(tmp_path / "gemma.gguf", preset="tiny-gemma", layers=2)
+    header = read(path)
+    wanted = {
+        "block_count": 2,
+        "embedding_length": header.tensors["token_embd.weight"].shape[1],
+        "attention.key_length": header.tensors["blk.1.attn_q_norm.weight"].shape[0],
+        "attention.sliding_window": 16,
+        "rope.freq_base": 1e6,
+    }
+    assert header.metadata["general.architecture"] == "gemma3"
+    assert {key: header.metadata[f"gemma3.{key}"] for key in wanted} == wanted
+    of_layer = {info.name.removeprefix("blk.1.").removesuffix(".weight") for info in header.layers[1]}
+    norms = {"attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"}
+    assert of_layer - norms == {
+        *("attn_q", "attn_k", "attn_v", "attn_output"),
+        *("ffn_gate", "ffn_up", "ffn_down"),
+    }
+    assert norms <= of_layer
+    assert set(header.tensors) - {info.name for layer in header.layers.values() for info in layer} == {
+        "token_embd.weight",
+        "output_norm.weight",
+    }
+
+
 def test_tiny_has_rows_that_are_no_multiple_of_256(tmp_path: Path) -> None:
     (path,) = synthesize(tmp_path / "tiny.gguf", preset="tiny")
     tensors = read(path).tensors

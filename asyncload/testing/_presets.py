@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from asyncload.gguf import GGMLType
 
@@ -14,9 +14,13 @@ __all__ = ["PRESETS", "QUANTS", "Architecture", "tensors_of"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The sizes of a Llama: ``rows`` of its embedding; ``tied`` if that is its output, too."""
+    """The sizes of a model: ``rows`` of its embedding; ``tied`` if that is its output, too.
+
+    ``family`` is what ``general.architecture`` says; ``window`` the tokens that a Gemma's sliding layers see.
+    """
 
     title: str
+    family: Literal["llama", "gemma3"] = "llama"
     layers: int
     embedding: int
     feed_forward: int
@@ -26,13 +30,15 @@ class Architecture:
     rows: int
     context: int
     tied: bool = False
+    window: int = 0
 
     def with_layers(self, layers: int | None) -> Architecture:
         """The same with another number of layers; None changes nothing."""
         return self if layers is None else replace(self, layers=layers)
 
 
-# Llama 3.1 8B and Llama 3.2 1B; and one whose rows are mostly no multiple of 256, as Gemma 3 270M's are.
+# Llama 3.1 8B and Llama 3.2 1B; one whose rows are mostly no multiple of 256, as Gemma 3 270M's are; and a Gemma 3 of
+# which one layer looks at everything and the others slide.
 PRESETS: Final[Mapping[str, Architecture]] = MappingProxyType(
     {
         "llama-8b": Architecture(
@@ -68,6 +74,20 @@ PRESETS: Final[Mapping[str, Architecture]] = MappingProxyType(
             head_size=64,
             rows=1000,
             context=2048,
+        ),
+        "tiny-gemma": Architecture(
+            title="tiny Gemma 3",
+            family="gemma3",
+            layers=7,
+            embedding=320,
+            feed_forward=768,
+            heads=4,
+            kv_heads=2,
+            head_size=64,
+            rows=1000,
+            context=2048,
+            tied=True,
+            window=16,
         ),
     }
 )
@@ -108,22 +128,31 @@ def tensors_of(model: Architecture, quant: str) -> list[_Tensor]:
 def _shapes(model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, kv_width, inner = model.heads * model.head_size, model.kv_heads * model.head_size, model.feed_forward
     yield "token_embd.weight", (model.rows, model.embedding)
-    yield "rope_freqs.weight", (model.head_size // 2,)
+    if model.family == "llama":
+        yield "rope_freqs.weight", (model.head_size // 2,)
     yield "output_norm.weight", (model.embedding,)
     if not model.tied:
         yield "output.weight", (model.rows, model.embedding)
+    of_layer = {
+        "attn_norm": (model.embedding,),
+        "attn_q": (width, model.embedding),
+        "attn_k": (kv_width, model.embedding),
+        "attn_v": (kv_width, model.embedding),
+        "attn_output": (model.embedding, width),
+        "ffn_norm": (model.embedding,),
+        "ffn_gate": (inner, model.embedding),
+        "ffn_up": (inner, model.embedding),
+        "ffn_down": (model.embedding, inner),
+    }
+    if model.family == "gemma3":
+        of_layer |= {
+            "attn_q_norm": (model.head_size,),
+            "attn_k_norm": (model.head_size,),
+            "post_attention_norm": (model.embedding,),
+            "post_ffw_norm": (model.embedding,),
+        }
     for layer in range(model.layers):
-        for name, shape in (
-            ("attn_norm", (model.embedding,)),
-            ("attn_q", (width, model.embedding)),
-            ("attn_k", (kv_width, model.embedding)),
-            ("attn_v", (kv_width, model.embedding)),
-            ("attn_output", (model.embedding, width)),
-            ("ffn_norm", (model.embedding,)),
-            ("ffn_gate", (inner, model.embedding)),
-            ("ffn_up", (inner, model.embedding)),
-            ("ffn_down", (model.embedding, inner)),
-        ):
+        for name, shape in of_layer.items():
             yield f"blk.{layer}.{name}.weight", shape
 
 

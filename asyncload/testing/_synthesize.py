@@ -34,12 +34,13 @@ def synthesize(
 ) -> list[Path]:
     """Writes a well-formed GGUF model of random but valid blocks, and returns its path, or those of its parts.
 
-    ``preset`` is ``"llama-8b"``, ``"llama-1b"`` or ``"tiny"`` (a few MB), ``layers`` another number of layers than
-    that model's. ``quant`` is ``"F32"``, ``"F16"``, ``"BF16"``, ``"Q4_0"``, ``"Q8_0"`` or ``"Q4_K_M"`` with the types
-    that llama.cpp gives each tensor then, or ``"all"``: Q4_K_M and a tensor of every type. ``vocabulary`` is the
-    number of tokens in the metadata (the embedding has the preset's rows whatever it is). With ``parts`` the model is
-    split in that many files, ``name-00001-of-00003.gguf`` and so on. The same arguments give the same bytes; the
-    weights repeat every few MB, never at a power of two. Blocks. Raises ``OptionsError`` for what it does not know.
+    ``preset`` is ``"llama-8b"``, ``"llama-1b"``, ``"tiny"`` or ``"tiny-gemma"`` (a few MB each), ``layers`` another
+    number of layers than that model's. ``quant`` is ``"F32"``, ``"F16"``, ``"BF16"``, ``"Q4_0"``, ``"Q8_0"`` or
+    ``"Q4_K_M"`` with the types that llama.cpp gives each tensor then, or ``"all"``: Q4_K_M and a tensor of every type.
+    ``vocabulary`` is the number of tokens in the metadata (the embedding has the preset's rows whatever it is). With
+    ``parts`` the model is split in that many files, ``name-00001-of-00003.gguf`` and so on. The same arguments give the
+    same bytes; the weights repeat every few MB, never at a power of two. Blocks. Raises ``OptionsError`` for what it
+    does not know.
     """
     if preset not in PRESETS:
         raise OptionsError(f"no preset is called {preset!r}: use one of {', '.join(PRESETS)}", option="preset")
@@ -141,23 +142,12 @@ def _jobs(specs: Sequence[TensorSpec], data_offset: int) -> Iterator[_Job]:
 
 def _metadata(model: Architecture, quant: str, vocabulary: int) -> dict[str, MetadataValue]:
     return {
-        "general.architecture": "llama",
+        "general.architecture": model.family,
         "general.type": "model",
         "general.name": f"Synthetic {model.title}",
         "general.file_type": QUANTS[quant][-1],
         "general.quantization_version": 2,
-        "llama.block_count": model.layers,
-        "llama.context_length": model.context,
-        "llama.embedding_length": model.embedding,
-        "llama.feed_forward_length": model.feed_forward,
-        "llama.attention.head_count": model.heads,
-        "llama.attention.head_count_kv": model.kv_heads,
-        "llama.attention.key_length": model.head_size,
-        "llama.attention.value_length": model.head_size,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.freq_base": 500000.0,
-        "llama.rope.dimension_count": model.head_size,
-        "llama.vocab_size": model.rows,
+        **{f"{model.family}.{key}": value for key, value in _sizes(model).items()},
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": Typed(ValueType.STRING, [f"▁token{number}" for number in range(vocabulary)]),
         "tokenizer.ggml.scores": Typed(ValueType.FLOAT32, [-float(number) for number in range(vocabulary)]),
@@ -165,4 +155,29 @@ def _metadata(model: Architecture, quant: str, vocabulary: int) -> dict[str, Met
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": True,
+    }
+
+
+def _sizes(model: Architecture) -> dict[str, MetadataValue]:
+    sizes: dict[str, MetadataValue] = {
+        "block_count": model.layers,
+        "context_length": model.context,
+        "embedding_length": model.embedding,
+        "feed_forward_length": model.feed_forward,
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": model.kv_heads,
+        "attention.key_length": model.head_size,
+        "attention.value_length": model.head_size,
+    }
+    if model.family == "gemma3":
+        return sizes | {
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "attention.sliding_window": model.window,
+            "rope.freq_base": 1e6,
+        }
+    return sizes | {
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 500000.0,
+        "rope.dimension_count": model.head_size,
+        "vocab_size": model.rows,
     }
