@@ -147,7 +147,7 @@ def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 def _norm(config: Config, x: Tensor, weight: Tensor) -> Tensor:
     """RMSNorm; Gemma's weights count from one, and the file has them with that added."""
-    return functional.rms_norm(x, weight.shape, weight.float(), config.epsilon)
+    return functional.rms_norm(x, weight.shape, weight, config.epsilon)
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:

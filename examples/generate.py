@@ -77,7 +77,8 @@ class Session:
     async def read(self, tokens: Sequence[int]) -> torch.Tensor:
         """Reads further tokens of the sequence; returns what the last layer gives for each, (tokens, width).
 
-        Each batch takes one pass over all layers. Raises ``ValueError`` where the context is full.
+        Each batch takes one pass over all layers. Raises ``ValueError`` where the context is full. A pass that is cut
+        short ends the sequence: some layers have its keys and values then, and others not.
         """
         if self.cache.length + len(tokens) > self.plan.context:
             raise ValueError(f"{self.cache.length + len(tokens)} tokens are more than the context, {self.plan.context}")
@@ -94,7 +95,7 @@ class Session:
 
     async def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits of the token that follows each, (tokens, vocabulary), on the host."""
-        return await self._compute(lambda: predict(self._config, self._outer, hidden).cpu())
+        return await self._compute(self._predict, hidden)
 
     async def generate(self, prompt: Sequence[int], count: int) -> AsyncGenerator[int]:
         """The ``count`` tokens that follow a prompt, the likeliest one each time."""
@@ -116,6 +117,9 @@ class Session:
 
     def _embed(self, tokens: Sequence[int]) -> torch.Tensor:
         return embed(self._config, self._outer, torch.tensor(tokens, device=self._device))
+
+    def _predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        return predict(self._config, self._outer, hidden).cpu()
 
     def _run_layer(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         return run_layer(self._config, layer.number, _weights(layer), hidden, self.cache)
