@@ -75,15 +75,16 @@ class Session:
         return self._layers.plan
 
     async def read(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Reads further tokens of the sequence; returns what the last layer gives for each, (tokens, width).
+        """Reads further tokens of the sequence; returns what the last layer gives for each, for ``predict``.
 
-        Each batch takes one pass over all layers. Raises ``ValueError`` where the context is full. A pass that is cut
+        Each batch takes one pass over all layers. The result, (tokens, width), is computed on the session's stream, and
+        only there it may be used. Raises ``ValueError`` where the context is full. A pass that is cut
         short ends the sequence: some layers have its keys and values then, and others not.
         """
         if self.cache.length + len(tokens) > self.plan.context:
             raise ValueError(f"{self.cache.length + len(tokens)} tokens are more than the context, {self.plan.context}")
         passes = [await self._pass(tokens[at : at + self._batch]) for at in range(0, len(tokens), self._batch)]
-        return torch.cat(passes)
+        return await self._compute(torch.cat, passes)
 
     async def _pass(self, tokens: Sequence[int]) -> torch.Tensor:
         hidden = await self._compute(self._embed, tokens)
@@ -93,16 +94,16 @@ class Session:
         self.cache.length += len(tokens)
         return hidden
 
-    async def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits of the token that follows each, (tokens, vocabulary), on the host."""
-        return await self._compute(self._predict, hidden)
+    async def predict(self, hidden: torch.Tensor, at: Sequence[int] = (-1,)) -> torch.Tensor:
+        """The logits of what follows the tokens at some places in ``hidden``, on the host: (places, vocabulary)."""
+        return await self._compute(self._predict, hidden, list(at))
 
     async def generate(self, prompt: Sequence[int], count: int) -> AsyncGenerator[int]:
         """The ``count`` tokens that follow a prompt, the likeliest one each time."""
         tokens = prompt
         for _ in range(count):
             hidden = await self.read(tokens)
-            token = int((await self.predict(hidden[-1:])).argmax())
+            token = int((await self.predict(hidden)).argmax())
             yield token
             tokens = [token]
 
@@ -118,8 +119,8 @@ class Session:
     def _embed(self, tokens: Sequence[int]) -> torch.Tensor:
         return embed(self._config, self._outer, torch.tensor(tokens, device=self._device))
 
-    def _predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        return predict(self._config, self._outer, hidden).cpu()
+    def _predict(self, hidden: torch.Tensor, at: list[int]) -> torch.Tensor:
+        return predict(self._config, self._outer, hidden[at]).cpu()
 
     def _run_layer(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         return run_layer(self._config, layer.number, _weights(layer), hidden, self.cache)

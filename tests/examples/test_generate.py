@@ -34,12 +34,17 @@ def open_session(loader: Loader, path: Path, **more: Any) -> Any:
     return open_session(loader, path, **arguments)
 
 
+async def read(session: Any) -> Any:
+    """The logits after each token of the prompt."""
+    return await session.predict(await session.read(PROMPT), range(len(PROMPT)))
+
+
 async def write(session: Any) -> tuple[list[int], Any]:
     """The tokens after the prompt, and the logits after each token of the prompt and of them."""
     torch: Any = pytest.importorskip("torch")
 
     tokens: list[int] = []
-    logits = [await session.predict(await session.read(PROMPT))]
+    logits = [await read(session)]
     for _ in range(COUNT):
         tokens.append(int(logits[-1][-1].argmax()))
         logits.append(await session.predict(await session.read(tokens[-1:])))
@@ -85,9 +90,9 @@ async def test_streamed_layers_give_what_resident_ones_give(
 async def test_a_prompt_in_batches_gives_what_it_gives_at_once(model: Path, batch: int) -> None:
     async with Loader("host", options=SMALL) as loader:
         async with open_session(loader, model, batch=50) as session:
-            whole = await session.predict(await session.read(PROMPT))
+            whole = await read(session)
         async with open_session(loader, model, batch=batch) as session:
-            cut = await session.predict(await session.read(PROMPT))
+            cut = await read(session)
     assert cut.sub(whole).abs().max() < 1e-4 * whole.abs().max()
 
 
