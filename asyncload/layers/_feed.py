@@ -62,7 +62,7 @@ class SlabFeed:
             self._copy(layer, slot.memory)
         finally:
             slot.busy = [stream.record(timing=True) for stream in self._streams]
-        return Fed(begun, slot.busy)
+        return Fed(slot.busy, [[around] for around in zip(begun, slot.busy, strict=True)])
 
     def _copy(self, layer: LayerPlan, slot: DeviceMemory) -> None:
         slab = self._slabs[layer.number]
@@ -126,19 +126,24 @@ class FileFeed:
 
     def __init__(self, engine: Engine, sources: Sequence[Source], *, decodes: bool) -> None:
         """Blocks."""
-        self._backend = engine.python
+        self._engine = engine
         self._sources = sources
         self._decodes = decodes
         if decodes:
-            self._backend.scratch.acquire()
+            engine.python.scratch.acquire()
 
     async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
         """Moves a layer, to its arrival."""
-        await self._backend.transfer(layer.load, self._sources, _SlotSink(layer, slot)).run()
+        transfer = self._engine.python.transfer(layer.load, self._sources, _SlotSink(layer, slot), timed=True)
+        try:
+            await self._engine.callers.run(transfer.prepare)
+            await transfer.run()
+        finally:
+            await transfer.end()
         slot.busy = []  # the copies came behind it, and have arrived
-        return Fed()
+        return Fed(copies=transfer.copies)
 
     def close(self) -> None:
         """Gives the scratch back."""
         if self._decodes:
-            self._backend.scratch.release()
+            self._engine.python.scratch.release()

@@ -33,10 +33,10 @@ _FEEDS: Final = 2  # layers that are fetched at a time: while one arrives, the n
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """What was enqueued for a layer: events before its copies, and behind them."""
+    """What was enqueued for a layer: events behind all of it, and, by copy stream, those around each of its copies."""
 
-    begun: Sequence[Event] = ()
     arrived: Sequence[Event] = ()
+    copies: Sequence[Sequence[tuple[Event, Event]]] = ()
 
 
 # Enqueues a layer's way into a slot, behind the slot's events, which it replaces by those behind what it enqueued, also

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 
 from asyncload.device import Event
 from asyncload.errors import PlanError
-from asyncload.layers._scheduler import Fed, Sweep, Use
+from asyncload.layers._scheduler import Sweep, Use
 
 __all__ = ["LayerRecord", "LayerTiming", "PassStats", "Span", "lower_bound", "measure_pass", "record_pass"]
 
@@ -16,7 +18,7 @@ Span = tuple[float, float]  # begin and end, in seconds from the pass's begin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
-    """The events that one layer of a sweep left: ``fed`` by its copies, the others by the work on it.
+    """The events that one layer of a sweep left: by copy stream those around its copies, and those of the work on it.
 
     ``ready`` passed when the stream had come to the layer, ``began`` behind the layer's arrival, ``ended`` behind the
     work. ``slot`` is None for a layer that stays on the device. ``nbytes`` have crossed the bus for it.
@@ -25,7 +27,7 @@ class LayerRecord:
     number: int
     slot: int | None = None
     nbytes: int = 0
-    fed: Fed = field(default_factory=Fed)
+    copies: Sequence[Sequence[tuple[Event, Event]]] = ()
     ready: Event
     began: Event
     ended: Sequence[Event]
@@ -33,16 +35,18 @@ class LayerRecord:
     @property
     def events(self) -> list[Event]:
         """All of them."""
-        return [*self.fed.begun, *self.fed.arrived, self.ready, self.began, *self.ended]
+        around = chain.from_iterable(chain.from_iterable(self.copies))
+        return [*around, self.ready, self.began, *self.ended]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTiming:
     """One layer of a pass; spans are begin and end in seconds from the pass's begin, durations in seconds.
 
-    ``copies`` has a span for each copy stream (kernels that decode behind the copies belong to it), negative where the
-    layer was fetched ahead of the pass; ``work`` runs from the first ride's begin to the last one's end. ``slot`` is
-    None, and ``nbytes`` 0, for a layer that stays on the device.
+    ``copies`` has, for each copy stream, the spans of the layer's copies (kernels that decode behind them belong to
+    these): one where it comes from host memory, one for each chunk where it comes from the file. They are negative
+    where the layer was fetched ahead of the pass. ``work`` runs from the first ride's begin to the last one's end.
+    ``slot`` is None, and ``nbytes`` 0, for a layer that stays on the device.
 
     ``copy`` and ``compute`` are the time that each added: in which this layer was copied, or computed, and none before
     it; ``copy_within`` is the part of ``copy`` after the pass had begun. ``waited`` is how long the first ride's stream
@@ -52,7 +56,7 @@ class LayerTiming:
     number: int
     slot: int | None
     nbytes: int
-    copies: tuple[Span, ...]
+    copies: tuple[tuple[Span, ...], ...]
     work: Span
     copy: float
     copy_within: float
@@ -129,14 +133,12 @@ def record_pass(sweep: Sweep | None, order: Iterable[int]) -> list[LayerRecord]:
         if work.ready is None or work.began is None or not work.ended:
             raise PlanError(f"layer {number} was not used in the last pass")
         use = work if isinstance(work, Use) else None
-        if use is not None and not use.fed.begun:
-            raise PlanError(f"layer {number} was read from the file: no event says how long its copies took")
         records.append(
             LayerRecord(
                 number=number,
                 slot=None if use is None or use.slot is None else use.slot.index,
                 nbytes=0 if use is None else use.layer.upload_nbytes,
-                fed=Fed() if use is None else use.fed,
+                copies=() if use is None else use.fed.copies,
                 ready=work.ready,
                 began=work.began,
                 ended=tuple(work.ended),
@@ -153,12 +155,13 @@ def measure_pass(records: Sequence[LayerRecord]) -> PassStats:
     if not records:
         raise PlanError("a pass of no layers takes no time")
     origin = records[0].ready
-    copying, copying_within, computing = _Cover(), _Cover(0.0), _Cover(0.0)
+    copying, copying_within, computing = _Cover(), _Cover(since=0.0), _Cover()
     layers: list[LayerTiming] = []
     for record in records:
-        begun = [event.seconds_since(origin) for event in record.fed.begun]
-        arrived = [event.seconds_since(origin) for event in record.fed.arrived]
-        copies = tuple(zip(begun, arrived, strict=True))
+        copies = tuple(
+            tuple((begun.seconds_since(origin), arrived.seconds_since(origin)) for begun, arrived in stream)
+            for stream in record.copies
+        )
         began = record.began.seconds_since(origin)
         work = began, max(event.seconds_since(origin) for event in record.ended)
         layers.append(
@@ -168,8 +171,8 @@ def measure_pass(records: Sequence[LayerRecord]) -> PassStats:
                 nbytes=record.nbytes,
                 copies=copies,
                 work=work,
-                copy=copying.add(copies),
-                copy_within=copying_within.add(copies),
+                copy=copying.add(chain.from_iterable(copies)),
+                copy_within=copying_within.add(chain.from_iterable(copies)),
                 compute=computing.add([work]),
                 waited=record.began.seconds_since(record.ready),
             )
@@ -185,15 +188,19 @@ def measure_pass(records: Sequence[LayerRecord]) -> PassStats:
 
 
 class _Cover:
-    """Time that spans cover, each moment counted once, to the one that comes first."""
+    """Time that spans cover, each moment counted once, to whom it is added first; none before ``since``."""
 
-    def __init__(self, until: float = float("-inf")) -> None:
-        self._until = until
+    def __init__(self, since: float = float("-inf")) -> None:
+        self._covered: list[Span] = [(float("-inf"), since)]  # in order, and apart
 
     def add(self, spans: Iterable[Span]) -> float:
-        """What these add to those before; nothing before the latest end so far counts."""
+        """What these add to those before."""
         added = 0.0
-        for begin, end in sorted(spans):
-            added += max(0.0, end - max(begin, self._until))
-            self._until = max(self._until, end)
-        return added
+        for begin, end in spans:
+            first = bisect_left(self._covered, begin, key=lambda span: span[1])
+            last = bisect_right(self._covered, end, key=lambda span: span[0])
+            touched = self._covered[first:last]
+            added += end - begin - sum(min(end, until) - max(begin, since) for since, until in touched)
+            touched.append((begin, end))
+            self._covered[first:last] = [(min(since for since, _ in touched), max(until for _, until in touched))]
+        return max(0.0, added)

@@ -22,8 +22,7 @@ def trace(passes: Sequence[PassStats]) -> dict[str, Any]:
     ahead of any pass. Source: the document "Trace Event Format" of the Chromium project (complete events ``X``,
     metadata events ``M``).
     """
-    earliest = min((span[0] for stats in passes for layer in stats.layers for span in layer.copies), default=0.0)
-    origin = min(0.0, earliest)
+    origin = min([0.0, *(_begin(layer) for stats in passes for layer in stats.layers)])
     events: list[dict[str, Any]] = []
     for process, stats in enumerate(passes):
         events.append(_name("process", f"pass {process}", process))
@@ -52,12 +51,19 @@ def write_trace(path: str | Path, passes: Sequence[PassStats]) -> None:
 
 def _rows(layers: Sequence[LayerTiming]) -> Iterator[tuple[str, list[tuple[LayerTiming, Span]]]]:
     for stream in range(max((len(layer.copies) for layer in layers), default=0)):
-        yield f"copy stream {stream}", [(layer, layer.copies[stream]) for layer in layers if layer.copies]
+        yield (
+            f"copy stream {stream}",
+            [(layer, span) for layer in layers if layer.copies for span in layer.copies[stream]],
+        )
     # several rides' work on two layers may overlap; a row shows what each adds
     yield "compute", [(layer, (layer.work[1] - layer.compute, layer.work[1])) for layer in layers]
     for slot in sorted({layer.slot for layer in layers if layer.slot is not None}):
-        inside = [layer for layer in layers if layer.slot == slot]
-        yield f"slot {slot}", [(layer, (min(begin for begin, _ in layer.copies), layer.work[1])) for layer in inside]
+        yield f"slot {slot}", [(layer, (_begin(layer), layer.work[1])) for layer in layers if layer.slot == slot]
+
+
+def _begin(layer: LayerTiming) -> float:
+    """Of its first copy, or, where it had none, of the work."""
+    return min((begin for stream in layer.copies for begin, _ in stream), default=layer.work[0])
 
 
 def _name(kind: str, name: str, process: int, row: int = 0) -> dict[str, Any]:

@@ -311,9 +311,8 @@ class LayerStream:
     async def last_pass(self) -> PassStats:
         """What the last sweep took that a ride has passed to its end and all others have passed or left.
 
-        Waits for its work to end. Raises ``PlanError`` where there is none yet, and where its times are not known: a
-        layer was skipped, or used without a stream, or read from the file in that sweep (``host="file"``);
-        ``DeviceError`` if its copies or the work failed.
+        Waits for its work to end. Raises ``PlanError`` where there is none yet, and where its times are not known, as a
+        layer was skipped or used without a stream in that sweep; ``DeviceError`` if its copies or the work failed.
         """
         return await self._active().last_pass()
 

@@ -40,10 +40,10 @@ class PythonBackend:
             self._stack = stack.pop_all()
 
     def transfer(
-        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
+        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = (), timed: bool = False
     ) -> PythonTransfer:
-        """A transfer by tasks of the running event loop."""
-        return PythonTransfer(self, plan, sources, sink, skip=skip)
+        """A transfer by tasks of the running event loop, which may be ``timed`` by events around its copies."""
+        return PythonTransfer(self, plan, sources, sink, skip=skip, timed=timed)
 
     @property
     def idle(self) -> bool:

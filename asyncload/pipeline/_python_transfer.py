@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from asyncload.device import DeviceMemory, Stream
+from asyncload.device import DeviceMemory, Event, Stream
 from asyncload.errors import CopyError, DeviceError
 from asyncload.memory import StagingBuffer
 from asyncload.pipeline._backend import Sink
@@ -42,6 +42,7 @@ __all__ = ["PythonTransfer"]
 class _Filled:
     chunk: Chunk
     buffer: StagingBuffer
+    begun: Event | None = None  # where copies are timed
 
 
 @dataclass(slots=True)
@@ -52,15 +53,27 @@ class _Arrival:
 
 
 class PythonTransfer:
-    """Moves the tensors of a plan from their sources into device memory, once, but for those to skip."""
+    """Moves the tensors of a plan from their sources into device memory, once, but for those to skip.
+
+    If it is to be ``timed``, ``copies`` has, by stream, the events before and behind each chunk's copies and kernels.
+    """
 
     def __init__(
-        self, backend: PythonBackend, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int]
+        self,
+        backend: PythonBackend,
+        plan: LoadPlan,
+        sources: Sequence[Source],
+        sink: Sink,
+        *,
+        skip: Collection[int],
+        timed: bool,
     ) -> None:
         self._backend, self._plan, self._sink = backend, plan, sink
         # asked once: isinstance of a protocol looks at all of its members
         self._sources = [(source, source if isinstance(source, BlockingSource) else None) for source in sources]
         self._stats = Stats(backend.options)
+        self.copies: list[list[tuple[Event, Event]]] = [[] for _ in backend.streams]
+        self._timed = timed
         self._chunks: Iterator[Chunk] = plan.chunks(skip)
         self._group = -1
         self._missing = [tensor.nbytes for tensor in plan.tensors]
@@ -203,16 +216,21 @@ class PythonTransfer:
             self._held.discard(filled.buffer)
             with self._lock:
                 self._on_device += 1
-            scratch = self._scratch[stream.index] if self._scratch else None
-            stream.submit(partial(self._enqueue, filled, targets, scratch), partial(self._passed, filled, stream))
+            stream.submit(
+                partial(self._enqueue, filled, targets, self._scratch[stream.index] if self._scratch else None),
+                partial(self._passed, filled, stream),
+                timing=self._timed,
+            )
 
     def _enqueue(
         self, filled: _Filled, targets: Sequence[DeviceMemory], scratch: DeviceMemory | None, stream: Stream
     ) -> None:
-        """Enqueues a chunk's copies and kernels; on the stream's thread."""
-        buffer = filled.buffer
+        """Enqueues a chunk's copies and kernels, behind what still uses their targets; on the stream's thread."""
         for event in self._sink.after:
             stream.wait(event)
+        if self._timed:
+            filled.begun = stream.record(timing=True)
+        buffer = filled.buffer
         for segment, target in zip(filled.chunk.segments, targets, strict=True):
             if not segment.target_nbytes:
                 continue
@@ -226,8 +244,12 @@ class PythonTransfer:
             else:
                 stream.upload(target, segment.target_offset, buffer.memory, staged, segment.upload_nbytes)
 
-    def _passed(self, filled: _Filled, stream: StreamWorker, error: BaseException | None, begin: float) -> None:
+    def _passed(
+        self, filled: _Filled, stream: StreamWorker, error: BaseException | None, begin: float, event: Event | None
+    ) -> None:
         """An event has passed; on the stream's thread."""
+        if filled.begun is not None and event is not None:
+            self.copies[stream.index].append((filled.begun, event))
         self._stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes, filled.chunk.target_nbytes)
         try:
             filled.buffer.release()

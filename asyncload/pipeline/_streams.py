@@ -22,15 +22,16 @@ __all__ = ["StreamWorker"]
 
 # Enqueues a batch's copies and kernels; on the stream's thread.
 Enqueue = Callable[[Stream], None]
-# Called once the event behind a batch has passed, on another thread: with the error, if there was one, and with the
-# moment (``time.perf_counter``) from which on it was under way.
-Done = Callable[[BaseException | None, float], None]
+# Called once the event behind a batch has passed, on another thread: with the error, if there was one, with the moment
+# (``time.perf_counter``) from which on it was under way, and with the event, if it could be recorded.
+Done = Callable[[BaseException | None, float, Event | None], None]
 
 
 @dataclass(slots=True)
 class _Batch:
     enqueue: Enqueue
     done: Done
+    timing: bool
     event: Event | None = None
     error: BaseException | None = None
     begin: float = 0.0
@@ -58,12 +59,12 @@ class StreamWorker:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, enqueue: Enqueue, done: Done) -> None:
-        """Has a batch and an event behind it enqueued; returns at once.
+    def submit(self, enqueue: Enqueue, done: Done, *, timing: bool = False) -> None:
+        """Has a batch and an event behind it enqueued, which notes the time with ``timing``; returns at once.
 
         ``done`` is called exactly once. Until then the memory that the batch uses must not change.
         """
-        self._submitted.put(_Batch(enqueue, done))
+        self._submitted.put(_Batch(enqueue, done, timing))
 
     def _enqueue(self, nice: int) -> None:
         lower_priority(nice)
@@ -75,7 +76,8 @@ class StreamWorker:
             except BaseException as failure:  # noqa: BLE001 - whoever waits for the batch gets it
                 batch.error = failure
             try:
-                batch.event = self._stream.record()  # also after a failure: the work before it uses the memory
+                # also after a failure: the work before it uses the memory
+                batch.event = self._stream.record(timing=batch.timing)
             except BaseException as failure:  # noqa: BLE001
                 batch.error = batch.error or failure
             self._enqueued.put(batch)
@@ -91,7 +93,7 @@ class StreamWorker:
                         step()
                 except BaseException as failure:  # noqa: BLE001 - as above; the event is waited for all the same
                     batch.error = batch.error or failure
-            batch.done(batch.error, batch.begin)
+            batch.done(batch.error, batch.begin, batch.event)
             del batch
 
     def close(self) -> None:

@@ -131,6 +131,33 @@ async def test_as_many_layers_as_slots_are_handed_out_while_work_is_under_way(
         await run_in_thread(reader.close)
 
 
+@pytest.mark.parametrize("host", ["slabs", "file"])
+@pytest.mark.parametrize("dtype", ["packed", "bf16"])
+async def test_a_pass_takes_what_its_copies_and_work_take(
+    tmp_path: Path, kernel: SleepingKernel, host: str, dtype: str
+) -> None:
+    path, _ = await make_model(tmp_path / "model.gguf", 5, uneven=True, dtype=dtype)
+    async with (
+        Loader("cuda:0", options=SMALL) as loader,
+        open_stream(loader, path, dtype=dtype, slots=2, host=host) as layers,
+    ):
+        reader = await run_in_thread(Reader, cuda(loader.device), kernel.stream())
+        for _ in range(2):
+            async for layer in layers:
+                with layer.on(reader.stream):
+                    await run_in_thread(reader.sleep, kernel)
+            stats = await layers.last_pass()
+            assert stats.nbytes == layers.plan.sweep_nbytes
+            assert all(timing.compute > 0 for timing in stats.layers)
+            assert stats.wall >= stats.lower_bound - 1e-6 > 0  # the device counts half microseconds
+            for timing in stats.layers:
+                copies = [span for stream in timing.copies for span in stream]
+                assert all(begun <= arrived <= timing.work[0] + 1e-6 for begun, arrived in copies)
+                chunks = len([*layers.plan.layers[timing.number].load.chunks()])
+                assert host == "slabs" or len(copies) == chunks
+        await run_in_thread(reader.close)
+
+
 async def test_work_needs_a_stream(tmp_path: Path) -> None:
     path, _ = await make_model(tmp_path / "model.gguf", 2, uneven=False)
     async with Loader("cuda:0", options=SMALL) as loader, open_stream(loader, path) as layers:

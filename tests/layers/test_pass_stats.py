@@ -18,7 +18,6 @@ from asyncload.device._host_stream import HostEvent, HostStream
 from asyncload.errors import ClosedError, PlanError
 from asyncload.gguf import GGMLType
 from asyncload.layers import (
-    Fed,
     Layer,
     LayerRecord,
     PassStats,
@@ -33,6 +32,7 @@ from asyncload.options import Options
 from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
 
+Copies = tuple[tuple[tuple[float, float], ...], ...]  # by stream, in seconds
 SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
 
 
@@ -72,13 +72,13 @@ def simulate(
         computed = began + compute
         if slot is not None:
             slot_free[slot] = computed
-        fed = Fed() if slot is None else Fed([At(begun)], [At(copied)])
+        around = [] if slot is None else [[(At(begun), At(copied))]]
         records.append(
             LayerRecord(
                 number=number,
                 slot=slot,
                 nbytes=int(copy * 100),
-                fed=fed,
+                copies=around,
                 ready=At(came),
                 began=At(began),
                 ended=[At(computed)],
@@ -156,7 +156,7 @@ def test_what_was_fetched_ahead_is_copy_time_and_no_part_of_the_pass() -> None:
     # the first layer is there, half of the second too; the third waits for the first's slot, which is free at 4
     assert stats.copy == 8
     assert [layer.copy_within for layer in stats.layers] == [0, 1, 2, 2]
-    assert stats.layers[0].copies == ((-3, -1),)
+    assert stats.layers[0].copies == (((-3, -1),),)
     assert stats.wall == stats.lower_bound == 6
     assert stats.scheduling_stall == 0
     # and it does not matter how long before that was
@@ -164,19 +164,46 @@ def test_what_was_fetched_ahead_is_copy_time_and_no_part_of_the_pass() -> None:
     assert (idle.wall, idle.copy, idle.compute, idle.lower_bound) == (6, 8, 4, 5)
 
 
-def test_copies_of_several_streams_count_once() -> None:
-    def record(number: int, begun: Sequence[float], arrived: Sequence[float], began: float, *ended: float) -> Any:
-        fed = Fed([At(second) for second in begun], [At(second) for second in arrived])
-        return LayerRecord(
-            number=number, slot=number, fed=fed, ready=At(0), began=At(began), ended=[At(second) for second in ended]
-        )
+def record(number: int, copies: Copies, began: float, *ended: float) -> LayerRecord:
+    return LayerRecord(
+        number=number,
+        slot=number,
+        copies=[[(At(begun), At(arrived)) for begun, arrived in stream] for stream in copies],
+        ready=At(0),
+        began=At(began),
+        ended=[At(second) for second in ended],
+    )
 
-    stats = measure_pass([record(0, (0, 0), (2, 6), 6, 7, 9), record(1, (2, 6), (5, 7), 8, 11)])
+
+def test_copies_of_several_streams_count_once() -> None:
+    copies: list[Copies] = [(((0, 2),), ((0, 6),)), (((2, 5),), ((6, 7),))]
+    stats = measure_pass([record(0, copies[0], 6, 7, 9), record(1, copies[1], 8, 11)])
     assert [layer.copy for layer in stats.layers] == [6, 1]
-    assert [layer.copies for layer in stats.layers] == [((0, 2), (0, 6)), ((2, 5), (6, 7))]
+    assert [layer.copies for layer in stats.layers] == copies
     assert [layer.compute for layer in stats.layers] == [3, 2]  # of two rides, until the last has ended
     assert (stats.wall, stats.copy, stats.compute, stats.lower_bound) == (11, 7, 5, 11)
     assert_no_overlap(trace([stats]), 1)
+
+
+def test_copies_in_chunks_count_where_they_are_made() -> None:
+    # two layers that are read at once: their chunks take turns on two streams, and nothing is copied in between
+    first: Copies = (((0, 1), (4, 5)), ((0, 2),))
+    second: Copies = (((2.5, 3.5), (6, 8)), ((4.5, 5.5), (8, 8)))
+    stats = measure_pass([record(0, first, 5, 6), record(1, second, 8, 9)])
+    assert [layer.copy for layer in stats.layers] == [3, 1 + 0.5 + 2]
+    assert stats.copy == 6.5
+    assert stats.lower_bound == max(6.5 + 1, 3 + 2)
+    assert stats.scheduling_stall == 9 - 7.5
+    document = trace([stats])
+    assert_no_overlap(document, 1)
+    assert intervals(0, document)["copy stream 1"] == [(0, 2e6), (4.5e6, 5.5e6), (8e6, 8e6)]
+    assert intervals(0, document)["slot 1"] == [(2.5e6, 9e6)]
+
+
+def test_a_layer_of_no_bytes_is_in_its_slot_while_it_is_worked_on() -> None:
+    stats = measure_pass([record(0, (), 1, 3), record(1, ((), ()), 4, 5)])
+    assert (stats.copy, stats.compute) == (0, 3)
+    assert intervals(0, trace([stats]))["slot 1"] == [(4e6, 5e6)]
 
 
 def test_rate_and_share_of_the_link() -> None:
@@ -249,7 +276,7 @@ def check(stats: PassStats) -> None:
     assert stats.compute == pytest.approx(sum(layer.compute for layer in stats.layers))
     assert all(layer.compute > 0 for layer in stats.layers)
     for layer in stats.layers:
-        assert layer.work[0] >= max((arrived for _, arrived in layer.copies), default=0) - tick
+        assert layer.work[0] >= max((arrived for stream in layer.copies for _, arrived in stream), default=0) - tick
         assert 0 <= layer.copy_within <= layer.copy + tick
         assert layer.waited >= 0
         assert (layer.slot is None) == (layer.copies == ()) == (layer.nbytes == 0)
@@ -259,8 +286,9 @@ def check(stats: PassStats) -> None:
 @pytest.mark.parametrize("dtype", ["packed", "f16"])
 @pytest.mark.parametrize("decode", ["host", "device"])
 @pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("host", ["slabs", "file"])
 async def test_identities_of_real_passes(
-    tmp_path: Path, slots: int, dtype: str, decode: Literal["host", "device"]
+    tmp_path: Path, host: Literal["slabs", "file"], slots: int, dtype: str, decode: Literal["host", "device"]
 ) -> None:
     path = await make_model(tmp_path / "model.gguf", 5)
     device = HostDevice(bandwidth=300e6, latency=0.0001)
@@ -268,7 +296,7 @@ async def test_identities_of_real_passes(
     options = replace(SMALL, decode=decode)
     async with (
         Loader(device, options=options) as loader,
-        loader.stream(path, dtype=dtype, slots=slots, allow=["stream"], workspace=0, kv_bytes=0) as layers,
+        loader.stream(path, dtype=dtype, slots=slots, allow=["stream"], host=host, workspace=0, kv_bytes=0) as layers,
     ):
         layers._active().wait_for_arrival = False
         stream = device.stream()
@@ -278,12 +306,17 @@ async def test_identities_of_real_passes(
             passes.append(await layers.last_pass())
         plan = layers.plan
         await run_in_thread(stream.close)
+    n_streams = 2 if host == "file" or (dtype, decode) == ("f16", "device") else 1
     for stats in passes:
         check(stats)
         assert [layer.number for layer in stats.layers] == list(range(5))
         assert stats.nbytes == plan.sweep_nbytes
         assert {layer.slot for layer in stats.layers} == set(range(slots))
-    n_streams = 2 if (dtype, decode) == ("f16", "device") else 1
+        for timing in stats.layers:
+            copies = [len(spans) for spans in timing.copies]
+            chunks = len([*plan.layers[timing.number].load.chunks()])
+            assert sum(copies) == (chunks if host == "file" else n_streams)
+            assert len(copies) == n_streams
     await run_in_thread(write_trace, tmp_path / "trace.json", passes)
     document = json.loads(await run_in_thread((tmp_path / "trace.json").read_text))
     for process in range(3):
@@ -334,7 +367,7 @@ async def test_waiting_for_a_copy_is_seen(tmp_path: Path) -> None:
     check(stats)
     first, second, _ = stats.layers
     assert second.waited > 0
-    assert second.work[0] - second.waited < second.copies[0][0]  # it came before the copy had begun
+    assert second.work[0] - second.waited < second.copies[0][0][0]  # it came before the copy had begun
     assert stats.scheduling_stall > 0
     assert stats.wall >= first.compute + second.waited + second.compute
 
@@ -413,11 +446,6 @@ async def test_passes_without_known_times_say_so(tmp_path: Path) -> None:
             assert await layers.last_pass() == whole  # the one that was left early does not count
         with pytest.raises(ClosedError):
             await layers.last_pass()
-        async with loader.stream(path, allow=["stream"], workspace=0, kv_bytes=0, host="file") as layers:
-            async for layer in layers:
-                work(layer, stream)
-            with pytest.raises(PlanError, match="from the file"):
-                await layers.last_pass()
         await run_in_thread(stream.close)
 
 
