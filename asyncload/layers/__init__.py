@@ -8,6 +8,7 @@ from asyncload.layers._scheduler import Fed, Ride, Scheduler, Sweep, Use, Work
 from asyncload.layers._slabs import Slabs
 from asyncload.layers._slots import Slot
 from asyncload.layers._stats import LayerRecord, LayerTiming, PassStats, lower_bound, measure_pass, record_pass
+from asyncload.layers._threads import add_threads
 from asyncload.layers._trace import trace, write_trace
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Sweep",
     "Use",
     "Work",
+    "add_threads",
     "lower_bound",
     "measure_pass",
     "record_pass",

@@ -28,6 +28,7 @@ class SlabFeed:
     def __init__(self, engine: Engine, slabs: Slabs, *, decodes: bool) -> None:
         """Opens streams and scratch; blocks."""
         self._device = engine.device
+        self._spans = engine.spans
         self._slabs = slabs
         self._thread = Threads(1, "asyncload-layers", nice=engine.python.options.nice)
         self._piece = engine.python.options.chunk_size
@@ -54,14 +55,15 @@ class SlabFeed:
     def _enqueue(self, layer: LayerPlan, slot: Slot) -> Fed:
         self._device.attach()
         begun: list[Event] = []
-        for stream in self._streams:
-            for event in slot.busy:
-                stream.wait(event)
-            begun.append(stream.record(timing=True))
-        try:
-            self._copy(layer, slot.memory)
-        finally:
-            slot.busy = [stream.record(timing=True) for stream in self._streams]
+        with self._spans.span(f"enqueue layer {layer.number}"):
+            for stream in self._streams:
+                for event in slot.busy:
+                    stream.wait(event)
+                begun.append(stream.record(timing=True))
+            try:
+                self._copy(layer, slot.memory)
+            finally:
+                slot.busy = [stream.record(timing=True) for stream in self._streams]
         return Fed(slot.busy, [[around] for around in zip(begun, slot.busy, strict=True)])
 
     def _copy(self, layer: LayerPlan, slot: DeviceMemory) -> None:
@@ -126,17 +128,18 @@ class FileFeed:
 
     def __init__(self, engine: Engine, sources: Sequence[Source], *, decodes: bool) -> None:
         """Blocks."""
-        self._engine = engine
+        self._backend = engine.python
+        self._callers = engine.callers
         self._sources = sources
         self._decodes = decodes
         if decodes:
-            engine.python.scratch.acquire()
+            self._backend.scratch.acquire()
 
     async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
         """Moves a layer, to its arrival."""
-        transfer = self._engine.python.transfer(layer.load, self._sources, _SlotSink(layer, slot), timed=True)
+        transfer = self._backend.transfer(layer.load, self._sources, _SlotSink(layer, slot), timed=True)
         try:
-            await self._engine.callers.run(transfer.prepare)
+            await self._callers.run(transfer.prepare)
             await transfer.run()
         finally:
             await transfer.end()
@@ -146,4 +149,4 @@ class FileFeed:
     def close(self) -> None:
         """Gives the scratch back."""
         if self._decodes:
-            self._engine.python.scratch.release()
+            self._backend.scratch.release()

@@ -10,6 +10,7 @@ from itertools import chain
 from asyncload.device import Event
 from asyncload.errors import PlanError
 from asyncload.layers._scheduler import Sweep, Use
+from asyncload.pipeline import ThreadSpan
 
 __all__ = ["LayerRecord", "LayerTiming", "PassStats", "Span", "lower_bound", "measure_pass", "record_pass"]
 
@@ -63,10 +64,17 @@ class LayerTiming:
     compute: float
     waited: float
 
+    @property
+    def entered(self) -> float:
+        """When its first copy began, or, where it had none, the work."""
+        return min((begin for stream in self.copies for begin, _ in stream), default=self.work[0])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassStats:
     """What one pass of all layers took, in seconds by the device's events, and ``layers`` one by one.
+
+    ``threads`` is what the loader's threads did meanwhile, in seconds from the pass's begin, if that was to be noted.
 
     A pass begins when its first layer's copies are enqueued and the first ride's stream has nothing else to do than to
     wait for them; it ends with the work on the layers. ``wall`` is the time between: not the time between two passes,
@@ -83,6 +91,12 @@ class PassStats:
     lower_bound: float
     nbytes: int
     layers: tuple[LayerTiming, ...]
+    threads: tuple[ThreadSpan, ...] = ()
+
+    @property
+    def earliest(self) -> float:
+        """When the first copy began, or the pass; 0 at the most."""
+        return min([0.0, *(layer.entered for layer in self.layers)])
 
     @property
     def exposed_stall(self) -> float:

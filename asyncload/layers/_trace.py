@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from asyncload.layers._stats import LayerTiming, PassStats, Span
+from asyncload.layers._stats import LayerTiming, PassStats
 
 __all__ = ["trace", "write_trace"]
 
@@ -17,28 +17,28 @@ _MICROSECONDS: Final = 1e6
 def trace(passes: Sequence[PassStats]) -> dict[str, Any]:
     """Passes as an object of the Trace Event Format, JSON's types only: a process for each pass, all beginning at once.
 
-    Its rows (threads) are the copy streams, the compute, and the slots, each with the layers that were in it: a slot is
-    taken from its first copy's begin to the end of the work. Times are microseconds from the first copy that was made
-    ahead of any pass. Source: the document "Trace Event Format" of the Chromium project (complete events ``X``,
-    metadata events ``M``).
+    Its rows (threads) are the copy streams, the compute, and the slots, each with the layers that were in it, and the
+    loader's threads where their spans were noted: a slot is taken from its first copy's begin to the end of the work.
+    Times are microseconds from whatever began first, ahead of any pass. Source: the document "Trace Event Format" of
+    the Chromium project (complete events ``X``, metadata events ``M``).
     """
-    origin = min([0.0, *(_begin(layer) for stats in passes for layer in stats.layers)])
+    origin = min([0.0, *(bar.begin for stats in passes for _, bars in _rows(stats) for bar in bars)])
     events: list[dict[str, Any]] = []
     for process, stats in enumerate(passes):
         events.append(_name("process", f"pass {process}", process))
-        for row, (name, spans) in enumerate(_rows(stats.layers)):
+        for row, (name, bars) in enumerate(_rows(stats)):
             events += (_name("thread", name, process, row), _order(process, row))
-            for layer, (begin, end) in spans:
+            for bar in bars:
                 events.append(
                     {
                         "ph": "X",
-                        "name": f"layer {layer.number}",
+                        "name": bar.name,
                         "cat": name,
                         "pid": process,
                         "tid": row,
-                        "ts": (begin - origin) * _MICROSECONDS,
-                        "dur": (end - begin) * _MICROSECONDS,
-                        "args": {"nbytes": layer.nbytes, "waited": layer.waited},
+                        "ts": (bar.begin - origin) * _MICROSECONDS,
+                        "dur": (bar.end - bar.begin) * _MICROSECONDS,
+                        "args": bar.details,
                     }
                 )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
@@ -49,21 +49,31 @@ def write_trace(path: str | Path, passes: Sequence[PassStats]) -> None:
     Path(path).write_text(json.dumps(trace(passes)), "utf-8")
 
 
-def _rows(layers: Sequence[LayerTiming]) -> Iterator[tuple[str, list[tuple[LayerTiming, Span]]]]:
+class _Bar(NamedTuple):
+    """Something that a row shows; times in seconds from the pass's begin."""
+
+    name: str
+    begin: float
+    end: float
+    details: dict[str, Any]
+
+
+def _rows(stats: PassStats) -> Iterator[tuple[str, list[_Bar]]]:
+    layers = stats.layers
     for stream in range(max((len(layer.copies) for layer in layers), default=0)):
-        yield (
-            f"copy stream {stream}",
-            [(layer, span) for layer in layers if layer.copies for span in layer.copies[stream]],
-        )
+        copies = ((layer, span) for layer in layers if layer.copies for span in layer.copies[stream])
+        yield f"copy stream {stream}", [_bar(layer, *span) for layer, span in copies]
     # several rides' work on two layers may overlap; a row shows what each adds
-    yield "compute", [(layer, (layer.work[1] - layer.compute, layer.work[1])) for layer in layers]
+    yield "compute", [_bar(layer, layer.work[1] - layer.compute, layer.work[1]) for layer in layers]
     for slot in sorted({layer.slot for layer in layers if layer.slot is not None}):
-        yield f"slot {slot}", [(layer, (_begin(layer), layer.work[1])) for layer in layers if layer.slot == slot]
+        yield f"slot {slot}", [_bar(layer, layer.entered, layer.work[1]) for layer in layers if layer.slot == slot]
+    for thread in sorted({span.thread for span in stats.threads}):
+        spans = (span for span in stats.threads if span.thread == thread)
+        yield f"thread {thread}", [_Bar(span.what, span.begin, span.end, {}) for span in spans]
 
 
-def _begin(layer: LayerTiming) -> float:
-    """Of its first copy, or, where it had none, of the work."""
-    return min((begin for stream in layer.copies for begin, _ in stream), default=layer.work[0])
+def _bar(layer: LayerTiming, begin: float, end: float) -> _Bar:
+    return _Bar(f"layer {layer.number}", begin, end, {"nbytes": layer.nbytes, "waited": layer.waited})
 
 
 def _name(kind: str, name: str, process: int, row: int = 0) -> dict[str, Any]:

@@ -191,6 +191,7 @@ class Loader:
         allow: Collection[Mode] = ("full", "hybrid", "stream"),
         free: int | None = None,
         host: Literal["auto", "slabs", "file"] = "auto",
+        trace: bool = False,
         **memory: Any,
     ) -> LayerStream:
         """Runs a model that may be larger than the device: ``async with loader.stream(path) as layers: ...``.
@@ -200,13 +201,19 @@ class Loader:
         of ``free`` bytes (None: what is free now) and the modes in ``allow``; ``memory`` are further arguments of it
         (``context``, ``kv_type``, ``kv_bytes``, ``workspace``, ``batch``, ``margin``, ``prefill_cache``). ``host``:
         layers that stream are kept in pinned host memory (``"slabs"``), or read from the file in each sweep
-        (``"file"``), or the former where that takes no more than half of what can be had (``"auto"``).
+        (``"file"``), or the former where that takes no more than half of what can be had (``"auto"``). ``trace`` has
+        ``last_pass`` say what the loader's threads did, too.
 
         Entering the block raises ``DoesNotFitError`` where no mode fits, and what ``load`` raises; the iteration what
         fetching a layer raises.
         """
         request = StreamRequest(
-            path=path, dtype=dtype, free=free, host=host, memory={"slots": slots, "allow": allow, **memory}
+            path=path,
+            dtype=dtype,
+            free=free,
+            host=host,
+            trace=trace,
+            memory={"slots": slots, "allow": allow, **memory},
         )
         return LayerStream(self._load_scope(), request)
 

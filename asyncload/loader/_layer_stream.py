@@ -29,6 +29,7 @@ from asyncload.layers import (
     Slabs,
     Slot,
     Use,
+    add_threads,
     measure_pass,
     record_pass,
 )
@@ -119,12 +120,13 @@ class LayerRide:
 class _Layers:
     """What a layer stream has while it is entered."""
 
-    def __init__(self, engine: Engine, plan: Plan, model: Model, scheduler: Scheduler) -> None:
+    def __init__(self, engine: Engine, plan: Plan, model: Model, scheduler: Scheduler, *, trace: bool) -> None:
         self.engine = engine
         self.plan = plan
         self.model = model  # what stays on the device
         self.scheduler = scheduler
         self.order = list(plan.layers)
+        self.trace = trace
         self.resident = {number: model.layers[number] for number in plan.resident}
         self.loop = LoopHandle()
         self.wait_for_arrival = engine.device.info.kind == "host"  # where work needs no stream
@@ -133,7 +135,7 @@ class _Layers:
         """The last sweep's figures."""
         records = record_pass(self.scheduler.last, self.order)
         await self.scheduler.settle([event for record in records for event in record.events])
-        return await self.engine.callers.run(_measure, self.engine, records)
+        return await self.engine.callers.run(_measure, self.engine, records, trace=self.trace)
 
     def make(self, number: int, ride: Ride, use: Use | None) -> Layer:
         """A layer to hand out."""
@@ -187,6 +189,7 @@ class StreamRequest:
     dtype: DtypeSpec
     free: int | None
     host: Literal["auto", "slabs", "file"]
+    trace: bool
     memory: Mapping[str, Any]
 
 
@@ -211,6 +214,8 @@ class LayerStream:
         self._entered = True
         async with AsyncExitStack() as stack:
             engine = stack.enter_context(self._scope)
+            if self._request.trace:
+                stack.enter_context(engine.spans.watch())
             stack.push_async_callback(engine.callers.run, engine.tracker.flush)
             opened = await stack.enter_async_context(OpenedModel(engine.callers.run, strict=engine.options.strict))
             await opened.open(self._request.path)
@@ -235,7 +240,7 @@ class LayerStream:
                 lambda stream: waiters.run(_record, engine, stream),
                 stall_limit=engine.options.stall_limit,
             )
-            self._layers = _Layers(engine, plan, model, scheduler)
+            self._layers = _Layers(engine, plan, model, scheduler, trace=self._request.trace)
             group = anyio.create_task_group()
             await group.__aenter__()
             stack.push_async_exit(partial(_leave, group, scheduler))
@@ -350,8 +355,9 @@ class _SlotList:
 
 def _synchronize(engine: Engine, events: Sequence[Event]) -> None:
     engine.device.attach()
-    for event in events:
-        event.synchronize()
+    with engine.spans.span("wait"):
+        for event in events:
+            event.synchronize()
 
 
 def _record(engine: Engine, stream: Stream) -> Event:
@@ -359,9 +365,16 @@ def _record(engine: Engine, stream: Stream) -> Event:
     return stream.record(timing=True)
 
 
-def _measure(engine: Engine, records: Sequence[LayerRecord]) -> PassStats:
+def _measure(engine: Engine, records: Sequence[LayerRecord], *, trace: bool) -> PassStats:
     engine.device.attach()
-    return measure_pass(records)
+    stats = measure_pass(records)
+    if not trace:
+        return stats
+    stream = engine.device.stream()
+    try:
+        return add_threads(stats, records[0].ready, engine.spans, stream)
+    finally:
+        stream.close()
 
 
 def _available_memory() -> int:

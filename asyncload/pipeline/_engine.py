@@ -14,6 +14,7 @@ from asyncload.options import Options
 from asyncload.pipeline._backend import Backend
 from asyncload.pipeline._native import NativeBackend
 from asyncload.pipeline._python import PythonBackend
+from asyncload.pipeline._spans import ThreadSpans
 from asyncload.source import Source
 from asyncload.threads import Threads
 
@@ -26,12 +27,14 @@ _CALLERS = 2
 class Engine:
     """The threads, streams and memory of a loader over one device, which it closes too; opening it blocks.
 
-    ``options`` are those of the backend that moves what it can. Whatever is opened is closed again when a later step of
-    the opening fails. Raises ``BackendUnavailableError`` if the native engine is asked for and is not there.
+    ``options`` are those of the backend that moves what it can, ``spans`` what the threads of the one in Python do.
+    Whatever is opened is closed again when a later step of the opening fails. Raises ``BackendUnavailableError`` if the
+    native engine is asked for and is not there.
     """
 
     def __init__(self, device: Device, options: Options) -> None:
         self.device = device
+        self.spans = ThreadSpans()
         self._asked = options
         self._opening = threading.Lock()
         self._python: PythonBackend | None = None
@@ -60,7 +63,7 @@ class Engine:
 
     def _open_python(self, stack: ExitStack) -> PythonBackend:
         options = replace(self._asked, engine="python").suited_to(self.device.info.kind)
-        self._python = PythonBackend(self.device, self.tracker, options)
+        self._python = PythonBackend(self.device, self.tracker, self.spans, options)
         stack.callback(self._python.close)
         return self._python
 

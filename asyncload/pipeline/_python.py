@@ -10,6 +10,7 @@ from asyncload.memory import Scratch, StagingPool, VramTracker
 from asyncload.options import Options
 from asyncload.pipeline._backend import Sink
 from asyncload.pipeline._python_transfer import PythonTransfer
+from asyncload.pipeline._spans import ThreadSpans
 from asyncload.pipeline._streams import StreamWorker
 from asyncload.plan import LoadPlan
 from asyncload.source import Source
@@ -24,8 +25,9 @@ class PythonBackend:
     Whatever is opened is closed again when a later step of the opening fails.
     """
 
-    def __init__(self, device: Device, tracker: VramTracker, options: Options) -> None:
+    def __init__(self, device: Device, tracker: VramTracker, spans: ThreadSpans, options: Options) -> None:
         self.options = options
+        self.spans = spans
         self.scratch = Scratch(tracker, options.chunk_size, options.streams)
         with ExitStack() as stack:
             self.staging = StagingPool(device, options.chunk_size, options.buffers)
@@ -34,7 +36,7 @@ class PythonBackend:
             stack.callback(self.readers.close)
             self.streams: list[StreamWorker] = []
             for index in range(options.streams):
-                stream = StreamWorker(device, index, depth=options.depth, nice=options.nice)
+                stream = StreamWorker(device, index, spans, depth=options.depth, nice=options.nice)
                 stack.callback(stream.close)
                 self.streams.append(stream)
             self._stack = stack.pop_all()

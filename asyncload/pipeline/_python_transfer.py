@@ -190,7 +190,7 @@ class PythonTransfer:
         await read_patiently(self._backend.options, read, self._stats.retried)
 
     def _read_and_decode(self, source: BlockingSource, chunk: Chunk, buffer: StagingBuffer) -> None:
-        with self._stats.working("read", chunk.nbytes):
+        with self._backend.spans.span(f"read {self._name(chunk)}"), self._stats.working("read", chunk.nbytes):
             source.read_into_blocking(chunk.offset, buffer.view[: chunk.nbytes])
         self._decode(chunk, buffer)
 
@@ -198,7 +198,10 @@ class PythonTransfer:
         for segment in chunk.segments:
             tensor = self._plan.tensors[segment.tensor]
             if tensor.decode is Decode.HOST and segment.target_nbytes:
-                with self._stats.working("decode", segment.target_nbytes):
+                with (
+                    self._backend.spans.span(f"decode {tensor.info.name}"),
+                    self._stats.working("decode", segment.target_nbytes),
+                ):
                     decode(
                         tensor.info.type,
                         tensor.dtype,
@@ -217,6 +220,7 @@ class PythonTransfer:
             with self._lock:
                 self._on_device += 1
             stream.submit(
+                self._name(filled.chunk),
                 partial(self._enqueue, filled, targets, self._scratch[stream.index] if self._scratch else None),
                 partial(self._passed, filled, stream),
                 timing=self._timed,
@@ -294,9 +298,13 @@ class PythonTransfer:
         if not self._tensors_left:
             self._finished.set()
 
+    def _name(self, chunk: Chunk) -> str:
+        """That of the first of the tensors that share a chunk."""
+        return self._plan.tensors[chunk.segments[0].tensor].info.name
+
     def _name_tensor(self, error: BaseException, chunk: Chunk) -> None:
-        """Says which tensor failed work belonged to, the first of those that shared the chunk."""
-        name = self._plan.tensors[chunk.segments[0].tensor].info.name
+        """Says which tensor failed work belonged to."""
+        name = self._name(chunk)
         if isinstance(error, CopyError):
             error.tensor = error.tensor or name
         else:

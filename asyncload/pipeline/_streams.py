@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import anyio
 
 from asyncload.device import Device, Event, Stream
+from asyncload.pipeline._spans import ThreadSpans
 from asyncload.threads import lower_priority
 
 __all__ = ["StreamWorker"]
@@ -29,6 +30,7 @@ Done = Callable[[BaseException | None, float, Event | None], None]
 
 @dataclass(slots=True)
 class _Batch:
+    name: str
     enqueue: Enqueue
     done: Done
     timing: bool
@@ -45,10 +47,11 @@ class StreamWorker:
     loads.
     """
 
-    def __init__(self, device: Device, index: int, *, depth: int, nice: int) -> None:
+    def __init__(self, device: Device, index: int, spans: ThreadSpans, *, depth: int, nice: int) -> None:
         self.index = index
         self.room = anyio.Semaphore(depth, fast_acquire=True)
         self._device = device
+        self._spans = spans
         self._stream = device.stream()
         self._submitted: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._enqueued: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
@@ -59,27 +62,28 @@ class StreamWorker:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, enqueue: Enqueue, done: Done, *, timing: bool = False) -> None:
+    def submit(self, name: str, enqueue: Enqueue, done: Done, *, timing: bool = False) -> None:
         """Has a batch and an event behind it enqueued, which notes the time with ``timing``; returns at once.
 
         ``done`` is called exactly once. Until then the memory that the batch uses must not change.
         """
-        self._submitted.put(_Batch(enqueue, done, timing))
+        self._submitted.put(_Batch(name, enqueue, done, timing))
 
     def _enqueue(self, nice: int) -> None:
         lower_priority(nice)
         while (batch := self._submitted.get()) is not None:
             batch.begin = time.perf_counter()
-            try:
-                self._device.attach()
-                batch.enqueue(self._stream)
-            except BaseException as failure:  # noqa: BLE001 - whoever waits for the batch gets it
-                batch.error = failure
-            try:
-                # also after a failure: the work before it uses the memory
-                batch.event = self._stream.record(timing=batch.timing)
-            except BaseException as failure:  # noqa: BLE001
-                batch.error = batch.error or failure
+            with self._spans.span(f"enqueue {batch.name}"):
+                try:
+                    self._device.attach()
+                    batch.enqueue(self._stream)
+                except BaseException as failure:  # noqa: BLE001 - whoever waits for the batch gets it
+                    batch.error = failure
+                try:
+                    # also after a failure: the work before it uses the memory
+                    batch.event = self._stream.record(timing=batch.timing)
+                except BaseException as failure:  # noqa: BLE001
+                    batch.error = batch.error or failure
             self._enqueued.put(batch)
             del batch  # an idle thread keeps nothing of a load alive
         self._enqueued.put(None)
@@ -87,12 +91,13 @@ class StreamWorker:
     def _report(self, nice: int) -> None:
         lower_priority(nice)
         while (batch := self._enqueued.get()) is not None:
-            for step in (self._device.attach, batch.event.synchronize if batch.event is not None else None):
-                try:
-                    if step is not None:
-                        step()
-                except BaseException as failure:  # noqa: BLE001 - as above; the event is waited for all the same
-                    batch.error = batch.error or failure
+            with self._spans.span(f"wait for {batch.name}"):
+                for step in (self._device.attach, batch.event.synchronize if batch.event is not None else None):
+                    try:
+                        if step is not None:
+                            step()
+                    except BaseException as failure:  # noqa: BLE001 - as above; the event is waited for all the same
+                        batch.error = batch.error or failure
             batch.done(batch.error, batch.begin, batch.event)
             del batch
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,7 @@ from asyncload.layers import (
     LayerRecord,
     PassStats,
     Sweep,
+    add_threads,
     lower_bound,
     measure_pass,
     trace,
@@ -29,6 +32,7 @@ from asyncload.layers import (
 )
 from asyncload.loader import Loader
 from asyncload.options import Options
+from asyncload.pipeline import ThreadSpan, ThreadSpans
 from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
 
@@ -246,6 +250,77 @@ def test_a_trace_has_a_row_for_each_stream_and_slot(tmp_path: Path) -> None:
     assert trace([])["traceEvents"] == []
 
 
+def test_threads_are_rows_of_a_trace() -> None:
+    stats = measure_pass(simulate([2, 2], [1, 1], slots=2))
+    spans = (
+        ThreadSpan("reader", "read a", -3, -1),
+        ThreadSpan("feeder", "enqueue layer 0", 0, 1),
+        ThreadSpan("reader", "read b", -1, 2),
+    )
+    document = trace([replace(stats, threads=spans)])
+    rows = intervals(0, document)
+    assert [*rows][-2:] == ["thread feeder", "thread reader"]
+    assert rows["thread reader"] == [(0, 2e6), (2e6, 5e6)]  # what was first is where the trace begins
+    assert rows["copy stream 0"][0] == (3e6, 5e6)
+    assert {"read a", "read b", "enqueue layer 0"} <= {event["name"] for event in document["traceEvents"]}
+    assert_no_overlap(document, 1)
+
+
+class AtStream(HostStream):
+    """Passes an event at a second of the device's clock, of which the host's is ``ahead``."""
+
+    def __init__(self, ahead: float, now: list[float]) -> None:
+        self._ahead, self._now = ahead, now
+
+    def record(self, *, timing: bool = False) -> Any:
+        assert timing
+        self._now[0] += 0.5  # what it takes until the host knows
+        return At(self._now[0] - 0.25 - self._ahead)
+
+
+def test_threads_come_to_the_clock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    spans, zero = ThreadSpans(), 1000.0  # the host's moment of the pass's begin
+    stats = measure_pass(simulate([2, 2], [1, 1], slots=2, begin=-1, ready=0))  # ends at 4, copies from -1 on
+    with spans.watch():
+        for begin, end in ((-9, -1.5), (-2, -1.125), (-1, 0.5), (3, 5), (4.25, 6), (4.5, 7)):
+            now[0] = zero + begin
+            with spans.span(f"from {begin}"):
+                now[0] = zero + end
+        placed = add_threads(stats, At(zero - 123), spans, AtStream(123, now))
+    assert stats.wall == 4
+    assert [(span.what, span.begin, span.end) for span in placed.threads] == [
+        ("from -2", -2, -1.125),
+        ("from -1", -1, 0.5),
+        ("from 3", 3, 5),
+        ("from 4.25", 4.25, 6),
+    ]
+    assert {span.thread for span in placed.threads} == {threading.current_thread().name}
+    assert replace(placed, threads=()) == stats
+
+
+def test_spans_are_kept_while_somebody_watches() -> None:
+    spans = ThreadSpans()
+
+    def found() -> list[str]:
+        return [span.what for span in spans.during(float("-inf"), float("inf"))]
+
+    with spans.span("unseen"):
+        pass
+    with spans.watch():
+        with spans.watch(), suppress(ZeroDivisionError), spans.span("one"):
+            raise ZeroDivisionError
+        with spans.span("two"):
+            pass
+        assert found() == ["one", "two"]
+        late = spans.span("late")
+        late.__enter__()
+    assert found() == []
+    late.__exit__(None, None, None)
+    assert found() == []
+
+
 # Real passes
 
 
@@ -370,6 +445,42 @@ async def test_waiting_for_a_copy_is_seen(tmp_path: Path) -> None:
     assert second.work[0] - second.waited < second.copies[0][0][0]  # it came before the copy had begun
     assert stats.scheduling_stall > 0
     assert stats.wall >= first.compute + second.waited + second.compute
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["slabs", "file"])
+async def test_what_threads_did_is_told_if_it_was_to_be_noted(tmp_path: Path, host: Literal["slabs", "file"]) -> None:
+    path = await make_model(tmp_path / "model.gguf", 4)
+    device = HostDevice()
+    async with Loader(device, options=SMALL) as loader:
+        stream = device.stream()
+        for noted in (True, False):
+            async with loader.stream(
+                path, dtype="f16", allow=["stream"], host=host, trace=noted, workspace=0, kv_bytes=0
+            ) as layers:
+                async for layer in layers:
+                    work(layer, stream)
+                check(stats := await layers.last_pass())
+                if not noted:
+                    assert stats.threads == ()
+                    continue
+                did = {(span.thread.rstrip("0123456789"), span.what) for span in stats.threads}
+                assert ("asyncload-layers-wait_", "wait") in did
+                for number in (2, 3):  # those before may have been enqueued ahead of the first copy's begin
+                    name = f"blk.{number}.ffn_down.weight"
+                    expected = {
+                        "slabs": {("asyncload-layers_", f"enqueue layer {number}")},
+                        "file": {
+                            ("asyncload-reader_", f"read {name}"),
+                            ("asyncload-reader_", f"decode {name}"),
+                            ("asyncload-stream", f"enqueue {name}"),
+                            ("asyncload-events", f"wait for {name}"),
+                        },
+                    }
+                    assert expected[host] <= did
+                assert_no_overlap(trace([stats]), 1)
+        assert loader._active().spans.during(float("-inf"), float("inf")) == []
+        await run_in_thread(stream.close)
 
 
 @pytest.mark.anyio
