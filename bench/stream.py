@@ -25,6 +25,7 @@ import anyio.to_thread
 
 from asyncload.device import open_device
 from asyncload.gguf import GGMLType
+from asyncload.layers import PassStats, write_trace
 from asyncload.loader import Loader
 from asyncload.testing import encode_header, lay_out, random_blocks
 from bench._common import make_parser, print_table, run_async, write_record
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=8192)
     parser.add_argument("--inner", type=int, default=12288)
     parser.add_argument("--passes", type=int, default=5, help="of which the median counts")
+    parser.add_argument("--trace", metavar="FILE", type=Path, help="write a trace of our rows")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
     arguments = parser.parse_args(argv)
     if arguments.quick:
@@ -86,12 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     widths = [int(arguments.inner * share) // 256 * 256 for share in _UNEVEN]
     uneven = Shape(arguments.width, tuple(widths[number % 2] for number in range(arguments.layers)))
     rows: list[Row] = []
+    trace: Path | None = arguments.trace
+    passes: list[PassStats] | None = None if trace is None else []
     with TemporaryDirectory(prefix="asyncload-bench-") as folder:
         for name, shape, slots in (("even", even, 2), ("uneven", uneven, 3)):
             race = Race(name, shape, slots, _points(shape), arguments.passes)
             for type_ in (GGMLType.BF16, GGMLType.Q4_K):
                 path = _write_model(Path(folder) / "model.gguf", shape, type_)
-                rows += run_async(partial(_stream, path, type_, race))
+                rows += run_async(partial(_stream, path, type_, race, passes))
                 path.unlink()
             for peer in arguments.peers:
                 rows += _peer(peer, race)
@@ -113,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for goal in goals:
         print(goal)
     write_record(arguments.json, "stream", {"rows": [*map(asdict, rows)], "goals": goals})
+    if trace is not None and passes is not None:
+        write_trace(trace, passes)
     return 0
 
 
@@ -193,7 +199,8 @@ class Race:
     passes: int
 
 
-async def _stream(path: Path, type_: GGMLType, race: Race) -> list[Row]:
+async def _stream(path: Path, type_: GGMLType, race: Race, passes: list[PassStats] | None) -> list[Row]:
+    """Also adds the last pass of each row to ``passes``, if they are asked for."""
     torch: Any = import_module("torch")
     rows: list[Row] = []
     before = _resident_bytes()
@@ -201,7 +208,14 @@ async def _stream(path: Path, type_: GGMLType, race: Race) -> list[Row]:
     async with Loader("cuda") as loader:
         await loader.warm_up(["bf16"])
         async with loader.stream(
-            path, dtype="bf16", slots=race.slots, allow=["stream"], host="slabs", workspace=0, kv_bytes=0
+            path,
+            dtype="bf16",
+            slots=race.slots,
+            allow=["stream"],
+            host="slabs",
+            trace=passes is not None,
+            workspace=0,
+            kv_bytes=0,
         ) as layers:
             host, stream = _resident_bytes() - before, torch.cuda.Stream()
             for point in race.points:
@@ -216,6 +230,8 @@ async def _stream(path: Path, type_: GGMLType, race: Race) -> list[Row]:
                     await anyio.to_thread.run_sync(stream.synchronize)
                     runs.append(time.perf_counter() - begin)
                 rows.append(_row(label, race, point, runs[1:], device=loader.tracker.total, host=host))
+                if passes is not None:
+                    passes.append(await layers.last_pass())
     return rows
 
 

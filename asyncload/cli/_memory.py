@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from asyncload.cli._request import dtype_spec, read_for
 from asyncload.cli.text import plain, table
 from asyncload.options import DecodeOption, format_size
 
 if TYPE_CHECKING:
-    from asyncload.plan import Mode, Placement, Plan, TensorPlan
+    from asyncload.plan import Placement, Plan, TensorPlan
 
 __all__ = ["show_memory"]
 
@@ -23,7 +23,6 @@ def show_memory(
     device: str | None,
     dtypes: Sequence[tuple[str | None, str]],
     decode: DecodeOption | None,
-    mode: Mode | Literal["auto"],
     free: int,
     settings: Mapping[str, Any],
     as_json: bool,
@@ -35,16 +34,7 @@ def show_memory(
     from asyncload.plan import plan_memory
 
     header, device, kind, options = read_for(file, device, decode)
-    if mode != "auto":
-        settings = {**settings, "allow": (mode,)}
-    made = plan_memory(
-        header,
-        free=free,
-        dtype=dtype_spec(dtypes),
-        device=kind,
-        options=options,
-        **settings,
-    )
+    made = plan_memory(header, free=free, dtype=dtype_spec(dtypes), device=kind, options=options, **settings)
     shown = _Shown(file, device, made)
     print(json.dumps(shown.as_dict(), indent=2, ensure_ascii=False) if as_json else shown.render())
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 from functools import partial
-from typing import get_args
 
 from asyncload import __version__
-from asyncload.options import DecodeOption, parse_size
+from asyncload.cli._arguments import (
+    MEMORY,
+    count,
+    file_argument,
+    memory_arguments,
+    memory_settings,
+    request_arguments,
+    select_argument,
+)
 
 __all__ = ["make_parser"]
 
@@ -23,6 +29,8 @@ examples:
   asyncload plan model.gguf --dtype bf16           where each tensor would be decoded, and what crosses the bus
   asyncload plan model.gguf --free 8GiB --context 8192
                                                    which layers would stay in 8 GiB, and which would stream
+  asyncload stream model.gguf --slots 3 --mode stream --trace passes.json
+                                                   pass all layers through three slots, and say what that took
   asyncload warmup                                 compile all kernels now, so that no load has to
   asyncload doctor                                 what a load would work with here, and what is missing
 
@@ -66,6 +74,14 @@ def make_parser() -> argparse.ArgumentParser:
             "which pass through slots, beside the cache and the workspace. Reads no tensor data and needs no GPU.",
         )
     )
+    _stream_arguments(
+        commands.add_parser(
+            "stream",
+            help="pass a model's layers through a few slots and say what that took",
+            description="Passes the layers of a model through a few slots of the device, without any work on them, and "
+            "says what each pass took by the device's clock.",
+        )
+    )
     _warmup_arguments(
         commands.add_parser(
             "warmup",
@@ -85,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
+    file_argument(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--metadata", action="store_true", help="list the metadata, with --json arrays in full")
     parser.add_argument("--json", action="store_true", help="print one JSON object, tensors and metadata included")
@@ -93,8 +109,9 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
-    _request_arguments(parser)
+    file_argument(parser)
+    request_arguments(parser)
+    select_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument(
         "--no-progress", action="store_true", help="no progress bar (none either where stderr is no terminal)"
@@ -103,28 +120,29 @@ def _load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a GGUF file; any part of a split model stands for all of it")
-    _request_arguments(parser)
+    file_argument(parser)
+    request_arguments(parser)
+    select_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
-    memory = parser.add_argument_group("memory, with --free")
-    memory.add_argument("--free", metavar="SIZE", type=_size, help="bytes free on the device, such as 8GiB")
-    memory.add_argument("--context", metavar="TOKENS", type=int, help="what the cache of keys and values holds")
-    memory.add_argument(
-        "--kv-type", metavar="TYPE", help="the cache's type: f16 (default), f32, bf16, fp8, q8_0, q4_0, …"
-    )
-    memory.add_argument(
-        "--kv-bytes", metavar="SIZE", type=_size, help="the cache's size, whatever the model says of it"
-    )
-    memory.add_argument("--prefill-cache", choices=("fp8", "fp16"), help="with copies of resident matrices for prefill")
-    memory.add_argument(
-        "--slots", metavar="N", type=int, help="how many layers that stream are there at once (default: 2)"
-    )
-    memory.add_argument(
-        "--mode",
-        choices=("auto", "full", "hybrid", "stream"),
-        help="what layers do (default: auto, the fastest that fits)",
-    )
+    memory_arguments(parser, "memory, with --free", free="bytes free on the device, such as 8GiB")
     parser.set_defaults(command=partial(_plan, parser))
+
+
+def _stream_arguments(parser: argparse.ArgumentParser) -> None:
+    file_argument(parser)
+    request_arguments(parser)
+    parser.add_argument("--passes", metavar="N", type=count, default=3, help="how many passes (default: 3)")
+    parser.add_argument(
+        "--host",
+        choices=("auto", "slabs", "file"),
+        default="auto",
+        help="keep layers in pinned host memory, or read them in each pass (default: auto, by the memory there is)",
+    )
+    parser.add_argument("--layers", action="store_true", help="with figures for each layer, of the last pass")
+    parser.add_argument("--trace", metavar="FILE", help="write a trace for https://ui.perfetto.dev")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    memory_arguments(parser, "memory", free="what may be taken, such as 8GiB (default: what is free now)")
+    parser.set_defaults(command=_stream)
 
 
 def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,46 +161,6 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="host, cuda or cuda:N (default: the first GPU, else host)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=_doctor)
-
-
-def _request_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to load, as what, and where."""
-    parser.add_argument("--device", metavar="NAME", help="host, cuda or cuda:N (default: the first GPU, else host)")
-    parser.add_argument(
-        "--dtype",
-        metavar="DTYPE",
-        action="append",
-        type=_dtype,
-        help="packed (default), bf16, f16 or f32; or PATTERN=DTYPE for the tensors that match, once for each pattern",
-    )
-    parser.add_argument(
-        "--select",
-        metavar="WHAT",
-        action="append",
-        type=lambda text: int(text) if re.fullmatch("[0-9]+", text) else text,
-        help="load only these: a tensor's name, a glob or a layer's number; may be given more than once",
-    )
-    parser.add_argument(
-        "--decode",
-        choices=get_args(DecodeOption),
-        help="where tensors are decoded (default: auto)",
-    )
-
-
-def _size(text: str) -> int:
-    """A size in bytes."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _dtype(text: str) -> tuple[str | None, str]:
-    """A dtype, with the pattern that it is for, if any; the loader judges both."""
-    pattern, equals, dtype = text.rpartition("=")
-    if equals and not (pattern and dtype):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither DTYPE nor PATTERN=DTYPE")
-    return (pattern if equals else None, dtype)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -206,10 +184,8 @@ def _load(arguments: argparse.Namespace) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    names = ("context", "kv_type", "kv_bytes", "prefill_cache", "slots")
-    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.free is None:
-        _plan_load(parser, arguments, [*settings, *(["mode"] if arguments.mode else [])])
+        _plan_load(parser, arguments)
     elif arguments.select is not None:
         parser.error("--select and --free do not go together: memory is planned for a whole model")
     else:
@@ -220,24 +196,42 @@ def _plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             device=arguments.device,
             dtypes=arguments.dtype or [],
             decode=arguments.decode,
-            mode=arguments.mode or "auto",
             free=arguments.free,
-            settings=settings,
+            settings=memory_settings(arguments),
             as_json=arguments.json,
         )
 
 
-def _plan_load(parser: argparse.ArgumentParser, arguments: argparse.Namespace, meaningless: list[str]) -> None:
+def _plan_load(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     from asyncload.cli._plan import plan
 
-    if meaningless:
-        parser.error(f"--{meaningless[0].replace('_', '-')} needs --free")
+    for name in MEMORY:
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} needs --free")
     plan(
         arguments.file,
         device=arguments.device,
         dtypes=arguments.dtype or [],
         select=arguments.select,
         decode=arguments.decode,
+        as_json=arguments.json,
+    )
+
+
+def _stream(arguments: argparse.Namespace) -> None:
+    from asyncload.cli._stream import stream
+
+    stream(
+        arguments.file,
+        device=arguments.device,
+        dtypes=arguments.dtype or [],
+        decode=arguments.decode,
+        host=arguments.host,
+        free=arguments.free,
+        settings=memory_settings(arguments),
+        passes=arguments.passes,
+        layers=arguments.layers,
+        trace=arguments.trace,
         as_json=arguments.json,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncload.layers._feed import FileFeed, SlabFeed
 from asyncload.layers._layer import Layer
+from asyncload.layers._link import link_rate
 from asyncload.layers._scheduler import Fed, Ride, Scheduler, Sweep, Use, Work
 from asyncload.layers._slabs import Slabs
 from asyncload.layers._slots import Slot
@@ -27,6 +28,7 @@ __all__ = [
     "Use",
     "Work",
     "add_threads",
+    "link_rate",
     "lower_bound",
     "measure_pass",
     "record_pass",

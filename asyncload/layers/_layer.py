@@ -59,6 +59,7 @@ class Layer(Mapping[str, Tensor]):
             raise ClosedError(f"layer {self.number} has been used")
         if stream is None and self._device.info.kind != "host":
             raise OptionsError("work on a layer needs a stream: layer.on(stream)", option="stream")
+        self._device.attach()
         adopted = None if stream is None else self._device.adopt(stream)
         use = work if isinstance(work, Use) else None
         self._work = None  # it holds its sweep, and that those after it: who keeps the layer keeps none

@@ -120,13 +120,16 @@ class LayerRide:
 class _Layers:
     """What a layer stream has while it is entered."""
 
-    def __init__(self, engine: Engine, plan: Plan, model: Model, scheduler: Scheduler, *, trace: bool) -> None:
+    def __init__(
+        self, engine: Engine, plan: Plan, model: Model, feed: FileFeed | SlabFeed, scheduler: Scheduler, *, trace: bool
+    ) -> None:
         self.engine = engine
         self.plan = plan
         self.model = model  # what stays on the device
         self.scheduler = scheduler
         self.order = list(plan.layers)
         self.trace = trace
+        self.host: Literal["slabs", "file"] = "file" if isinstance(feed, FileFeed) else "slabs"
         self.resident = {number: model.layers[number] for number in plan.resident}
         self.loop = LoopHandle()
         self.wait_for_arrival = engine.device.info.kind == "host"  # where work needs no stream
@@ -240,7 +243,7 @@ class LayerStream:
                 lambda stream: waiters.run(_record, engine, stream),
                 stall_limit=engine.options.stall_limit,
             )
-            self._layers = _Layers(engine, plan, model, scheduler, trace=self._request.trace)
+            self._layers = _Layers(engine, plan, model, feed, scheduler, trace=self._request.trace)
             group = anyio.create_task_group()
             await group.__aenter__()
             stack.push_async_exit(partial(_leave, group, scheduler))
@@ -303,6 +306,11 @@ class LayerStream:
     def plan(self) -> Plan:
         """What is where, and what that takes; inside the ``async with`` block."""
         return self._active().plan
+
+    @property
+    def host(self) -> Literal["slabs", "file"]:
+        """Where the layers that stream come from; inside the ``async with`` block."""
+        return self._active().host
 
     @property
     def resident(self) -> Model:

@@ -1,4 +1,4 @@
-"""A small model whose every number is known, written by the gguf package."""
+"""A small model whose every number is known, written by the gguf package, and one with the layers of a real one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from asyncload.testing import synthesize
 
 
 @pytest.fixture(scope="session")
@@ -29,4 +31,12 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers with one head of 64 for keys and values, trained for 2,048 tokens."""
+    path = tmp_path_factory.mktemp("cli") / "tiny.gguf"
+    synthesize(path, preset="tiny", quant="Q4_K_M")
     return path

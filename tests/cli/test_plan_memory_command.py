@@ -7,17 +7,8 @@ from typing import Any
 import pytest
 
 from asyncload.cli import main
-from asyncload.testing import synthesize
 
 LAYER = 718_848  # the largest layer of the tiny model, in a slot
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers with one head of 64 for keys and values, trained for 2,048 tokens."""
-    path = tmp_path_factory.mktemp("cli") / "tiny.gguf"
-    synthesize(path, preset="tiny", quant="Q4_K_M")
-    return path
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

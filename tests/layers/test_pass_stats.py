@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import pytest
 
-from asyncload.device import Event, HostDevice
+from asyncload.device import DeviceMemory, Event, HostDevice, StagingMemory
 from asyncload.device._host_stream import HostEvent, HostStream
-from asyncload.errors import ClosedError, PlanError
+from asyncload.errors import ClosedError, CopyError, PlanError
 from asyncload.gguf import GGMLType
 from asyncload.layers import (
     Layer,
@@ -25,12 +25,14 @@ from asyncload.layers import (
     PassStats,
     Sweep,
     add_threads,
+    link_rate,
     lower_bound,
     measure_pass,
     trace,
     write_trace,
 )
 from asyncload.loader import Loader
+from asyncload.memory import VramTracker
 from asyncload.options import Options
 from asyncload.pipeline import ThreadSpan, ThreadSpans
 from asyncload.testing import random_blocks, write_gguf
@@ -217,6 +219,40 @@ def test_rate_and_share_of_the_link() -> None:
     for none in (0, -1.0, float("nan")):
         with pytest.raises(PlanError):
             stats.share_of(none)
+
+
+class MeteredDevice(HostDevice):
+    """Copies 5 GB in a second, until one fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uploaded = 0
+        self.fails = False
+
+    def stream(self) -> Any:
+        return self
+
+    def upload(self, target: DeviceMemory, _from: int, staging: StagingMemory, _to: int, nbytes: int) -> None:
+        assert target.nbytes >= nbytes <= staging.nbytes
+        self.uploaded += nbytes
+        if self.fails:
+            raise CopyError("a copy failed", device="host")
+
+    def record(self, *, timing: bool) -> At:
+        assert timing
+        return At(self.uploaded / 5e9)
+
+
+def test_the_links_rate_is_that_of_copies_by_themselves() -> None:
+    device = MeteredDevice()
+    tracker = VramTracker(device)
+    assert link_rate(device, tracker) == pytest.approx(5e9)
+    assert tracker.total == 0
+    device.fails = True
+    with pytest.raises(CopyError):
+        link_rate(device, tracker)
+    assert tracker.total == 0
+    tracker.close()
 
 
 def test_no_layers_are_no_pass() -> None:
