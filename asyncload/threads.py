@@ -8,10 +8,13 @@ thread, the thread has given back when the task runs again.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import anyio
@@ -31,12 +34,22 @@ class LoopHandle:
     def __init__(self) -> None:
         native = cast("Any", current_token().native_token)
         # asyncio's and trio's names for the same thing; both wake the loop and return at once
-        self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        self._post: Callable[..., object] = getattr(native, "run_sync_soon", None) or partial(
+            native.call_soon_threadsafe, context=_context_of_asyncio()
+        )
 
     def post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Has the loop call ``function`` soon; does nothing when the loop has ended, as nobody waits in it then."""
         with suppress(RuntimeError):
             self._post(function, *args, **kwargs)
+
+
+def _context_of_asyncio() -> Context:
+    """One in which calls that are no task's know their loop: anyio asks sniffio, if that is there, which asks tasks."""
+    context = copy_context()
+    if (sniffio := sys.modules.get("sniffio")) is not None:
+        context.run(sniffio.current_async_library_cvar.set, "asyncio")
+    return context
 
 
 async def settle(event: anyio.Event) -> None:

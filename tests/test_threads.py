@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asyncload.threads import Threads, run_in_thread, settle
+from asyncload.threads import LoopHandle, Threads, run_in_thread, settle
 
 
 @pytest.fixture
@@ -103,3 +103,17 @@ def test_threads_are_nicer_than_the_process() -> None:
     assert anyio.run(main) == min(os.getpriority(os.PRIO_PROCESS, 0) + 7, 19)
     threads.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nice")]
+
+
+@pytest.mark.asyncio
+async def test_what_is_posted_to_a_loop_can_start_tasks() -> None:
+    """Also where anyio has not started the loop, and no task is the one that asks."""
+    async with anyio.create_task_group() as group:
+        started = anyio.Event()
+
+        async def task() -> None:
+            started.set()
+
+        await run_in_thread(LoopHandle().post, group.start_soon, task)
+        with anyio.fail_after(20):
+            await started.wait()
