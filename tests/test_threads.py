@@ -109,11 +109,11 @@ def test_threads_are_nicer_than_the_process() -> None:
 async def test_what_is_posted_to_a_loop_can_start_tasks() -> None:
     """Also where anyio has not started the loop, and no task is the one that asks."""
     async with anyio.create_task_group() as group:
-        started = anyio.Event()
+        loop, started = LoopHandle(), anyio.Event()
 
         async def task() -> None:
             started.set()
 
-        await run_in_thread(LoopHandle().post, group.start_soon, task)
+        await run_in_thread(lambda: loop.post(lambda: group.start_soon(task)))
         with anyio.fail_after(20):
             await started.wait()

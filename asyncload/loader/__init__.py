@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Collection, Generator, Iterable, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -26,7 +26,7 @@ from asyncload.plan import DtypeSpec, Mode, Selection, all_kernels
 from asyncload.telemetry import ProgressCallback, ending
 from asyncload.threads import run_in_thread, settle
 
-__all__ = ["LayerRide", "LayerStream", "Loader", "TensorStream", "load", "read_header"]
+__all__ = ["LayerRide", "LayerStream", "Loader", "TensorStream", "load", "read_header", "stream"]
 
 
 async def read_header(path: ModelPath, *, strict: bool = False) -> Header:
@@ -49,6 +49,18 @@ async def load(
     """
     async with Loader(device, options=options) as loader:
         return await loader.load(path, **request)
+
+
+@asynccontextmanager
+async def stream(
+    path: ModelPath, *, device: str | Device | None = None, options: Options | None = None, **request: Any
+) -> AsyncGenerator[LayerStream]:
+    """Streams one model's layers with a loader of its own: ``async with asyncload.stream(path) as layers: ...``.
+
+    ``device`` and ``options`` as for ``Loader``, everything else as for ``Loader.stream``.
+    """
+    async with Loader(device, options=options) as loader, loader.stream(path, **request) as layers:
+        yield layers
 
 
 class Loader:
