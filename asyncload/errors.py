@@ -197,7 +197,9 @@ class RangeError(PlanError, IndexError):
 class DoesNotFitError(PlanError, MemoryError):
     """A model does not fit; ``needed`` at the least, ``available`` and ``breakdown`` (by purpose) in bytes.
 
-    ``suggestions`` are single changes that take less, those that suffice first.
+    ``suggestions`` are single changes that take less, those that suffice first. Unless ``kv_exact``, the cache of keys
+    and values is counted with an upper bound, which ``kv_bytes`` replaces. ``message`` says how much is needed and
+    available, the text of the error also what helps, as arguments of ``plan_memory``.
     """
 
     def __init__(
@@ -208,12 +210,23 @@ class DoesNotFitError(PlanError, MemoryError):
         available: int,
         breakdown: Mapping[str, int],
         suggestions: tuple[Suggestion, ...],
+        kv_exact: bool,
     ) -> None:
         super().__init__(message)
+        self.message = message
         self.needed = needed
         self.available = available
         self.breakdown = dict(breakdown)
         self.suggestions = suggestions
+        self.kv_exact = kv_exact
+
+    def __str__(self) -> str:
+        """The message, and what helps."""
+        helps = [
+            *map(str, self.suggestions),
+            *([] if self.kv_exact else ["kv_bytes=..., as the cache is an upper bound"]),
+        ]
+        return f"{self.message}; what helps: {'; '.join(helps) or 'a larger device, or a smaller model'}"
 
 
 class ClosedError(PlanError):

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from asyncload.cli._parser import make_parser
+from asyncload.cli._suggestions import explain
 from asyncload.cli.text import plain
-from asyncload.errors import AsyncloadError
+from asyncload.errors import AsyncloadError, DoesNotFitError
 
 __all__ = ["main"]
 
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
         sys.stdout.flush()
     except AsyncloadError as error:
-        print(f"asyncload: error: {plain(str(error))}", file=sys.stderr)
+        text = explain(error) if isinstance(error, DoesNotFitError) else str(error)
+        print(f"asyncload: error: {plain(text)}", file=sys.stderr)
         return _FAILED
     except BrokenPipeError:
         # Whoever read stdout has gone (`asyncload inspect model.gguf | head`). The interpreter flushes once more at

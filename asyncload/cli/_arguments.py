@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 # The settings of a memory plan that the command has, by their names as arguments.
-MEMORY: Final = ("context", "kv_type", "kv_bytes", "prefill_cache", "slots", "mode")
+MEMORY: Final = ("context", "kv_type", "kv_bytes", "prefill_cache", "batch", "slots", "mode")
 
 
 def file_argument(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +90,9 @@ def memory_arguments(parser: argparse.ArgumentParser, title: str, *, free: str) 
         "--kv-bytes", metavar="SIZE", type=_size, help="the cache's size, whatever the model says of it"
     )
     memory.add_argument("--prefill-cache", choices=("fp8", "fp16"), help="with copies of resident matrices for prefill")
+    memory.add_argument(
+        "--batch", metavar="TOKENS", type=int, help="what passes a layer at once, of which workspace is counted (512)"
+    )
     memory.add_argument(
         "--slots", metavar="N", type=int, help="how many layers that stream are there at once (default: 2)"
     )

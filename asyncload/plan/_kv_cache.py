@@ -57,12 +57,15 @@ def kv_cache(model: Header | ModelShape, *, context: int, kv_type: str, batch: i
     """The cache for ``context`` tokens, keys and values of one token in a layer being rows of ``kv_type``.
 
     A layer takes ``kv_heads * (key_length + value_length)`` numbers a token. A layer with a sliding window keeps the
-    window and the ``batch`` of tokens that passes it at once. A recurrent state is one sequence's, in float32.
+    window and the ``batch`` of tokens that passes it at once. A recurrent state is one sequence's, in float32. A layer
+    that looks at what an encoder gave keeps keys and values of that, too, of up to ``context`` tokens.
 
     Exact for attention over keys and values that the metadata describes in full. A bound, in which nothing is shared or
     compressed, for latent attention (``attention.kv_lora_rank``, which engines store in either form), for layers that
-    may keep a recurrent state (they are counted as both), and wherever metadata is missing, absurd, or at odds with
-    the tensors' shapes. Raises ``OptionsError`` for an unknown ``kv_type``, ``PlanError`` where there is no bound.
+    may keep a recurrent state (they are counted as both), for decoders behind an encoder (all their layers are taken to
+    look at it, and engines may make these keys and values anew instead of keeping them), and wherever metadata is
+    missing, absurd, or at odds with the tensors' shapes. Raises ``OptionsError`` for an unknown ``kv_type``,
+    ``PlanError`` where there is no bound.
     """
     if kv_type not in KV_TYPES:
         raise OptionsError(f"no cache type is called {kv_type!r}: use one of {', '.join(KV_TYPES)}", option="kv_type")
@@ -75,6 +78,7 @@ def kv_cache(model: Header | ModelShape, *, context: int, kv_type: str, batch: i
     nbytes = 0
     for layer in layers.numbers:
         tokens = min(context, window + batch) if window and layers.slides(layer) else context
+        tokens += context if layers.cross else 0
         key, value = layers.widths(layer)
         nbytes += (_row_nbytes(kv_type, key) + _row_nbytes(kv_type, value)) * tokens + layers.state_nbytes()
     return KVCache(nbytes, metadata.trusted)
@@ -89,22 +93,26 @@ class _Layers:
     """What each layer keeps of a token."""
 
     def __init__(self, header: Header, metadata: ArchitectureMetadata) -> None:
-        self._tensors = header.layers
+        self._header = header
         self._metadata = metadata
         self._recurrent = sorted(metadata.groups() & _RECURRENT)
         self._latent = metadata.raw("attention.kv_lora_rank") is not None
+        decoder = ("decoder_block_count", "decoder_start_token_id")  # beside an encoder
+        self.cross = any(metadata.raw(key) is not None for key in decoder) or any(
+            ".cross_attn_" in name for name in header.tensors
+        )
         self.numbers = set(header.layers)
-        count = metadata.number("block_count")
-        if count is not None:
-            self.numbers |= set(range(min(count, _MOST_LAYERS)))  # also those that are not in this file
+        count = max((metadata.number(key) or 0 for key in ("block_count", "decoder_block_count")), default=0)
+        self.numbers |= set(range(min(count, _MOST_LAYERS)))  # also those that are not in this file
         others = ("attention.shared_kv_layers", "nextn_predict_layers")  # whose cache may be smaller
         if (
             self._recurrent
             or self._latent
+            or self.cross
             or any(metadata.number(key) for key in others)
             or metadata.raw("attention.causal") is False
             or (self.numbers and not header.layers)
-            or (count is not None and count > _MOST_LAYERS)
+            or count > _MOST_LAYERS
         ):
             metadata.trusted = False
 
@@ -137,7 +145,7 @@ class _Layers:
         if not self._latent and metadata.raw("attention.head_count_kv") is not None:
             kv_heads = metadata.number("attention.head_count_kv", layer)
         length = self._length(layer, name, heads)
-        stored = self._rows(layer, tensor)
+        stored = max(self._rows(layer, tensor), self._rows(layer, f"cross_{tensor}"))
         if kv_heads == 0 and self._per_layer and not stored:
             return 0  # the array says that this layer has no attention, and it has no tensors for it
         if not kv_heads or not length or kv_heads * length > MOST:
@@ -169,13 +177,14 @@ class _Layers:
         return max(length or 0, of_sliding or 0)
 
     def _rows(self, layer: int, tensor: str) -> int:
-        """The rows of a matrix of the layer, 0 if it has none of that name."""
-        name = f"blk.{layer}.{tensor}.weight"
-        return next((info.shape[0] for info in self._tensors.get(layer, ()) if info.name == name and info.shape), 0)
+        """The rows of a matrix of the layer, of a decoder's where that stands beside an encoder; 0 if it has none."""
+        names = (f"{decoder}blk.{layer}.{tensor}.weight" for decoder in ("", "dec."))
+        found = (self._header.tensors.get(name) for name in names)
+        return max((info.shape[0] for info in found if info is not None and info.shape), default=0)
 
     def _widest(self, layer: int) -> int:
         """More than a layer's keys can be: its widest result, 0 where a recurrent layer has no attention at all."""
-        matrices = [info for info in self._tensors.get(layer, ()) if len(info.shape) > 1]
+        matrices = [info for info in self._header.layers.get(layer, ()) if len(info.shape) > 1]
         if self._recurrent and matrices and not any(".attn_" in info.name for info in matrices):
             return 0
         widest = max((max(info.shape[-2:]) for info in matrices), default=0)

@@ -182,18 +182,15 @@ def _does_not_fit(
 ) -> DoesNotFitError:
     mode, breakdown = least(needs, request.allow, request.slots)
     needed = sum(breakdown.values())
-    suggestions = suggest(model, request, needs, available)
     parts = ", ".join(f"{name} {format_size(size)}" for name, size in breakdown.items() if size)
-    helps = [str(suggestion) for suggestion in suggestions]
-    if not needs.kv.exact:
-        helps.append("kv_bytes=..., as the cache is an upper bound")
     return DoesNotFitError(
         f"{format_size(needed)} needed (mode {mode}: {parts}), {format_size(available)} available of "
-        f"{format_size(free)} free; what helps: {'; '.join(helps) or 'a larger device, or a smaller model'}",
+        f"{format_size(free)} free",
         needed=needed,
         available=available,
         breakdown=breakdown,
-        suggestions=suggestions,
+        suggestions=suggest(model, request, needs, available),
+        kv_exact=needs.kv.exact,
     )
 
 

@@ -31,8 +31,13 @@ class Suggestion:
     fits: bool
 
     def __str__(self) -> str:
-        """The argument as it is written, and whether that fits or how much is needed then."""
-        return f"{self.option}={self.value!r} ({'fits' if self.fits else format_size(self.needed)})"
+        """The argument as it is written, and what that comes to."""
+        return f"{self.option}={self.value!r} ({self.outcome})"
+
+    @property
+    def outcome(self) -> str:
+        """Whether that fits, or how much is needed then."""
+        return "fits" if self.fits else format_size(self.needed)
 
 
 def suggest(model: Header | ModelShape, request: Request, needs: Needs, available: int) -> tuple[Suggestion, ...]:

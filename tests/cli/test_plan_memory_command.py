@@ -99,12 +99,46 @@ def test_what_does_not_fit_is_one_line(tiny_model: Path, capsys: pytest.CaptureF
     assert "what helps: " in captured.err
 
 
+def helps(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, str]:
+    """What a plan that does not fit suggests, and what that comes to."""
+    assert main(["plan", *map(str, arguments)]) == 1
+    _, _, text = capsys.readouterr().err.rstrip("\n").partition("; what helps: ")
+    assert text
+    return {option: outcome.rstrip(")") for option, _, outcome in (part.partition(" (") for part in text.split("; "))}
+
+
+def test_what_helps_is_said_in_options_that_the_command_has(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = ["--dtype", "f32", "--prefill-cache", "fp16", "--context", "20000", "--device", "host"]
+    found = helps(capsys, tiny_model, "--free", "70MiB", "--mode", "full", *request)
+    assert set(found) >= {
+        *("--dtype packed", "--kv-type q4_0", "--kv-type q8_0", "no --prefill-cache", "--batch 64", "--mode auto"),
+    }
+    assert found["--mode auto"] != "fits"
+    for option, outcome in found.items():
+        name, _, value = option.removeprefix("no ").partition(" ")
+        at = request.index(name) if name in request else len(request)
+        changed = [*request[:at], *([name, value] if value else []), *request[at + 2 :]]
+        mode = [] if name == "--mode" else ["--mode", "full"]
+        code = main(["plan", str(tiny_model), "--free", "70MiB", *mode, *changed])
+        captured = capsys.readouterr()
+        assert (code == 0) == (outcome == "fits")
+        assert outcome == "fits" or f"{outcome} needed" in captured.err
+    assert "--slots 1" in helps(capsys, tiny_model, "--free", "1MiB", "--mode", "stream", "--slots", "4")
+
+
+def test_a_cache_that_is_a_bound_can_be_set(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--kv-bytes, as the cache is an upper bound" in helps(capsys, small_model, "--free", "1KiB")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--context", "10"],
         ["--mode", "stream"],
         ["--kv-type", "f16"],
+        ["--batch", "7"],
         ["--free", "8GiB", "--select", "0"],
         ["--free", "much"],
         ["--free", "8GiB", "--mode", "fast"],

@@ -221,6 +221,43 @@ class TestBounds:
     def test_other_recurrent_layers(self, model: Model, metadata: Mapping[str, Any], state: int) -> None:
         assert cache(model({**metadata, "attention.head_count": 0})) == KVCache(2 * 4 * state, exact=False)
 
+    T5_SMALL: Mapping[str, Any] = {
+        "block_count": 6,
+        "decoder_block_count": 8,
+        "decoder_start_token_id": 0,
+        "embedding_length": 512,
+        "attention.head_count": 6,
+        "attention.key_length": 64,
+        "attention.value_length": 64,
+    }
+
+    @pytest.mark.parametrize("left_out", [(), ("decoder_start_token_id",), ("attention.head_count",)], ids=str)
+    def test_a_decoder_keeps_keys_and_values_of_its_encoder_too(
+        self, make_header: MakeHeader, left_out: tuple[str, ...]
+    ) -> None:
+        # of which it has more layers; heads are as wide as they are, whatever the model's width
+        tensors = {
+            f"{side}.blk.{layer}.{kind}attn_{part}.weight": (GGMLType.F16, (6 * 64, 512))
+            for side, layers, kinds in (("enc", 6, ("",)), ("dec", 8, ("", "cross_")))
+            for layer in range(layers)
+            for kind in kinds
+            for part in "qkv"
+        }
+        metadata = {f"t5.{key}": value for key, value in self.T5_SMALL.items() if key not in left_out}
+        found = cache(make_header(tensors, {"general.architecture": "t5", **metadata}), 100)
+        assert found == KVCache(8 * 2 * 100 * 2 * 6 * 64 * F16, exact=False)
+
+    def test_a_layer_of_cross_attention_is_known_by_its_tensors(self, make_header: MakeHeader) -> None:
+        tensors = {
+            "blk.0.attn_k.weight": (GGMLType.F16, (1024, 16)),
+            "blk.0.attn_v.weight": (GGMLType.F16, (1024, 16)),
+            "blk.1.cross_attn_k.weight": (GGMLType.F16, (2048, 16)),
+            "blk.1.cross_attn_v.weight": (GGMLType.F16, (1024, 16)),
+        }
+        metadata = {f"mllama.{key}": value for key, value in {**LLAMA_8B, "block_count": 2}.items()}
+        found = cache(make_header(tensors, {"general.architecture": "mllama", **metadata}), 10)
+        assert found == KVCache(2 * 10 * (2 * 1024 + 2048 + 1024) * F16, exact=False)
+
     @pytest.mark.parametrize("metadata", [{"ssm.conv_kernel": 4}, {"ssm.inner_size": "wide"}, {"kda.head_dim": 128}])
     def test_a_state_of_unknown_size_is_refused(self, model: Model, metadata: Mapping[str, Any]) -> None:
         with pytest.raises(PlanError, match="give kv_bytes"):
@@ -281,6 +318,8 @@ KEYS = [
     "attention.key_length_swa",
     "attention.shared_kv_layers",
     "attention.causal",
+    "decoder_block_count",
+    "decoder_start_token_id",
     "ssm.conv_kernel",
     "ssm.inner_size",
     "ssm.state_size",

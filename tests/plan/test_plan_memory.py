@@ -341,6 +341,8 @@ class TestDoesNotFit:
         suggestions = caught.value.suggestions
         assert [suggestion.fits for suggestion in suggestions] == sorted((s.fits for s in suggestions), reverse=True)
         assert {"allow", "context", "dtype", "kv_type", "prefill_cache"} <= {s.option for s in suggestions}
+        assert str(caught.value).startswith(f"{caught.value.message}; what helps: ")
+        assert "what helps" not in caught.value.message
         for suggestion in suggestions:
             assert suggestion.needed < caught.value.needed
             assert str(suggestion) in str(caught.value)
@@ -368,11 +370,11 @@ class TestDoesNotFit:
         assert [s for s in caught.value.suggestions if s.option == "slots" and s.value == 1 and s.fits]
 
     def test_a_bound_says_that_it_can_be_set(self, model: Model) -> None:
-        with pytest.raises(DoesNotFitError, match="kv_bytes"):
-            plan_memory(model(metadata={"attention.kv_lora_rank": 64}), free=1)
-        with pytest.raises(DoesNotFitError) as caught:
-            plan_memory(model(), free=1)
-        assert "kv_bytes" not in str(caught.value)
+        for metadata, exact in (({"attention.kv_lora_rank": 64}, False), (NOTHING, True)):
+            with pytest.raises(DoesNotFitError) as caught:
+                plan_memory(model(metadata=metadata), free=1)
+            assert caught.value.kv_exact == exact
+            assert ("kv_bytes=..." in str(caught.value)) != exact
 
     def test_the_message_is_one_line_with_the_figures(self, model: Model) -> None:
         with pytest.raises(DoesNotFitError) as caught:
