@@ -132,7 +132,9 @@ def _close(sources: Sequence[BlockingSource]) -> None:
 
 
 def _read_header_blocking(source: BlockingSource, parser: HeaderParser) -> Header:
-    offset = 0
+    head = source.head if isinstance(source, NativeFileSource) else b""
+    parser.feed(head)
+    offset = len(head)
     while parser.header is None:
         piece = bytearray(_next_read(source, parser, offset))
         source.read_into_blocking(offset, memoryview(piece))

@@ -20,7 +20,8 @@ _HEAD: Final = 256 << 10  # bytes that are read along when it is opened: where a
 class NativeFileSource:
     """A regular file, held open; its identity is device, inode, size and modification time.
 
-    ``file`` is the ``asyncload_native.File``, which whoever holds it may go on to read after the source was closed.
+    ``file`` is the ``asyncload_native.File``, which whoever holds it may go on to read after the source was closed;
+    ``head`` are its first bytes, which were read as it was opened.
     Raises ``ImportError`` where the extension was not built, ``SourceNotFoundError`` or ``SourceReadError`` if the file
     cannot be opened. Blocks.
     """
@@ -29,7 +30,7 @@ class NativeFileSource:
         opened: Any = import_module("asyncload_native").File.open
         self._path = path
         with self._mapping_errors(opening=True):
-            self.file, self._head = opened(path, _HEAD)
+            self.file, self.head = opened(path, _HEAD)
         self._identity: tuple[int, ...] = self.file.identity
 
     @property
@@ -50,9 +51,8 @@ class NativeFileSource:
     def read_into_blocking(self, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from byte ``offset`` on, and checks that the file is still the one that was opened."""
         check_read(self, offset, buffer.nbytes)
-        if offset + buffer.nbytes <= len(self._head):
-            buffer[:] = self._head[offset : offset + buffer.nbytes]
-            return
+        if self.file is None:
+            raise SourceReadError(f"{self._path}: it is closed", url=self._path, offset=offset)
         with self._mapping_errors():
             self.file.read(offset, buffer)
 
@@ -62,7 +62,7 @@ class NativeFileSource:
 
     def close(self) -> None:
         """Lets the file go."""
-        self.file = None
+        self.file, self.head = None, b""
 
     async def aclose(self) -> None:
         """Lets the file go."""

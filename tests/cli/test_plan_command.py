@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from asyncload.cli import main
+from asyncload.options import Options
 
 DECODED = 4 * 2048 + 64
 PACKED = 4352 + 128
@@ -22,7 +23,7 @@ def test_every_tensor_has_its_place_and_its_bytes(small_model: Path, capsys: pyt
     found = json.loads(plan(capsys, small_model, "--device", "cuda:0", "--dtype", "bf16", "--json"))
     assert (found["device"], found["decode"]) == ("cuda:0", "auto")
     scratch = found["bytes"].pop("scratch")
-    assert scratch == 2 * (16 << 20)
+    assert scratch == Options().suited_to("cuda").scratch
     assert found["bytes"] == {"file": PACKED, "bus": PACKED, "device": DECODED}
     assert found["tensors"][0] == {
         "name": "blk.0.attn_q.weight",

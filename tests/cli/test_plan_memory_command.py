@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from asyncload.cli import main
+from asyncload.options import Options
 
 LAYER = 718_848  # the largest layer of the tiny model, in a slot
 
@@ -67,7 +68,7 @@ def test_the_cache_is_what_was_asked_for(tiny_model: Path, capsys: pytest.Captur
 
 def test_decoding_and_its_scratch(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, tiny_model, "--free", "8GiB", "--device", "cuda", "--dtype", "bf16")
-    assert found["bytes"]["scratch"] == 2 * (16 << 20)
+    assert found["bytes"]["scratch"] == Options().suited_to("cuda").scratch
     assert {tensor["decode"] for tensor in found["tensors"]} == {"device"}
     found = plan_json(capsys, tiny_model, "--free", "8GiB", "--device", "cuda", "--dtype", "bf16", "--decode", "host")
     assert found["bytes"]["scratch"] == 0

@@ -29,11 +29,21 @@ def path(tmp_path: Path) -> Path:
 
 
 class TestEverySource:
-    @pytest.fixture(params=["file", "memory", "async only", "latency", "throttled"])
+    @pytest.fixture(
+        params=[
+            "file",
+            pytest.param("native", marks=pytest.mark.native),
+            "memory",
+            "async only",
+            "latency",
+            "throttled",
+        ]
+    )
     def source(self, request: pytest.FixtureRequest, path: Path) -> Any:
-        file = open_source(path)
+        file = open_source(path, native=request.param == "native")
         sources: dict[str, Source] = {
             "file": file,
+            "native": file,
             "memory": MemorySource(DATA),
             "async only": AsyncOnlySource(file),
             "latency": LatencySource(file, 0.0),
@@ -68,6 +78,11 @@ class TestEverySource:
         assert source.identity == source.identity
 
 
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.native)], ids=["python", "native"])
+def native(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 class TestAFile:
     def test_short_reads_are_continued(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = os.preadv
@@ -76,15 +91,15 @@ class TestAFile:
             return whole(fd, [buffers[0][:100]], offset)
 
         monkeypatch.setattr(os, "preadv", short)
-        source = open_source(path)
+        source = open_source(path, native=False)
         buffer = bytearray(1234)
         source.read_into_blocking(7, memoryview(buffer))
         assert bytes(buffer) == DATA[7 : 7 + 1234]
         source.close()
 
     @pytest.mark.parametrize("change", ["grown", "truncated", "touched", "replaced", "removed", "without its folder"])
-    def test_one_that_changes_is_noticed(self, path: Path, change: str) -> None:
-        source = open_source(path)
+    def test_one_that_changes_is_noticed(self, path: Path, change: str, native: bool) -> None:
+        source = open_source(path, native=native)
         match change:
             case "grown":
                 os.truncate(path, len(DATA) + 4)
@@ -105,17 +120,17 @@ class TestAFile:
             source.read_into_blocking(0, memoryview(bytearray(100)))
         source.close()
 
-    def test_a_missing_one_is_named(self, tmp_path: Path) -> None:
+    def test_a_missing_one_is_named(self, tmp_path: Path, native: bool) -> None:
         with pytest.raises(SourceNotFoundError, match="absent") as caught:
-            open_source(tmp_path / "absent")
+            open_source(tmp_path / "absent", native=native)
         assert isinstance(caught.value, FileNotFoundError)
         assert caught.value.url == str(tmp_path / "absent")
 
-    def test_what_is_no_regular_file_is_refused_at_once(self, tmp_path: Path) -> None:
+    def test_what_is_no_regular_file_is_refused_at_once(self, tmp_path: Path, native: bool) -> None:
         os.mkfifo(tmp_path / "fifo")
         for name in ("fifo", "."):
             with pytest.raises(SourceReadError, match="not a regular file"):
-                open_source(tmp_path / name)
+                open_source(tmp_path / name, native=native)
 
     @pytest.mark.parametrize(("number", "passing"), [(errno.EIO, True), (errno.EBADF, False)])
     def test_an_error_says_where_and_whether_it_may_pass(
@@ -124,7 +139,7 @@ class TestAFile:
         def fail(fd: int, buffers: object, offset: int) -> int:
             raise OSError(number, "broken")
 
-        source = open_source(path)
+        source = open_source(path, native=False)
         monkeypatch.setattr(os, "preadv", fail)
         with pytest.raises(SourceReadError) as caught:
             source.read_into_blocking(42, memoryview(bytearray(1)))
@@ -132,9 +147,9 @@ class TestAFile:
         assert isinstance(caught.value.__cause__, OSError)
         source.close()
 
-    def test_closing_gives_the_descriptor_back_once(self, path: Path) -> None:
+    def test_closing_gives_the_descriptor_back_once(self, path: Path, native: bool) -> None:
         before = descriptors()
-        source = open_source(path)
+        source = open_source(path, native=native)
         assert descriptors() == before + 1
         source.close()
         source.close()
