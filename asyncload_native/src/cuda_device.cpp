@@ -10,28 +10,35 @@ constexpr unsigned threads_per_group = 256;  // as the kernels are bounded to: a
 
 class CudaEvent final : public Event {
   public:
-    CudaEvent(const Driver& driver, CUevent event, bool owned) : driver_(driver), event_(event), owned_(owned) {}
+    CudaEvent(std::shared_ptr<const Driver> driver, CUevent event, bool owned)
+        : driver_(std::move(driver)), event_(event), owned_(owned) {}
     ~CudaEvent() override {
-        if (owned_) driver_.cuEventDestroy.result(event_);
+        if (owned_) driver_->cuEventDestroy.result(event_);
     }
     CudaEvent(const CudaEvent&) = delete;
     CudaEvent& operator=(const CudaEvent&) = delete;
 
     bool done() override {
-        const CUresult code = driver_.cuEventQuery.result(event_);
+        const CUresult code = driver_->cuEventQuery.result(event_);
         if (code == CUDA_ERROR_NOT_READY) return false;
-        if (code != CUDA_SUCCESS) driver_.cuEventQuery.fail(code);
+        if (code != CUDA_SUCCESS) driver_->cuEventQuery.fail(code);
         return true;
     }
 
-    void synchronize() override { driver_.cuEventSynchronize(event_); }
+    void synchronize() override { driver_->cuEventSynchronize(event_); }
+
+    double seconds_since(Event& earlier) override {
+        float milliseconds = 0;
+        driver_->cuEventElapsedTime(&milliseconds, static_cast<CudaEvent&>(earlier).event_, event_);
+        return static_cast<double>(milliseconds) / 1e3;
+    }
 
     std::uint64_t handle() const noexcept override { return reinterpret_cast<std::uint64_t>(event_); }
 
     CUevent event() const noexcept { return event_; }
 
   private:
-    const Driver& driver_;
+    const std::shared_ptr<const Driver> driver_;
     const CUevent event_;
     const bool owned_;
 };
@@ -111,14 +118,14 @@ std::unique_ptr<Stream> CudaDevice::open_stream() {
     return std::make_unique<CudaStream>(*driver_);
 }
 
-std::unique_ptr<Event> CudaDevice::make_event(bool timing) {
+std::shared_ptr<Event> CudaDevice::make_event(bool timing) {
     CUevent event = nullptr;  // whoever waits for it sleeps
     driver_->cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC | (timing ? 0 : CU_EVENT_DISABLE_TIMING));
-    return std::make_unique<CudaEvent>(*driver_, event, true);
+    return std::make_shared<CudaEvent>(driver_, event, true);
 }
 
-std::unique_ptr<Event> CudaDevice::adopt_event(std::uint64_t handle) {
-    return std::make_unique<CudaEvent>(*driver_, reinterpret_cast<CUevent>(handle), false);
+std::shared_ptr<Event> CudaDevice::adopt_event(std::uint64_t handle) {
+    return std::make_shared<CudaEvent>(driver_, reinterpret_cast<CUevent>(handle), false);
 }
 
 }  // namespace asyncload

@@ -19,8 +19,8 @@ class CudaDevice final : public Device {
 
     void attach() override;
     std::unique_ptr<Stream> open_stream() override;
-    std::unique_ptr<Event> make_event(bool timing) override;
-    std::unique_ptr<Event> adopt_event(std::uint64_t handle) override;
+    std::shared_ptr<Event> make_event(bool timing) override;
+    std::shared_ptr<Event> adopt_event(std::uint64_t handle) override;
     bool in_place() const noexcept override { return false; }
 
     // Allocates memory of these sizes, all or none; 0 for none.

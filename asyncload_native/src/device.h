@@ -38,13 +38,15 @@ struct Kernel {
 using HostKernel = std::int32_t (*)(std::intptr_t source, std::intptr_t target, std::intptr_t count);
 
 // A point in a stream's work. Before it is recorded it counts as passed.
-class Event {
+class Event : public std::enable_shared_from_this<Event> {
   public:
     virtual ~Event() = default;
     // Whether the work before it has ended. Raises `DeviceError` if that work failed.
     virtual bool done() = 0;
     // Sleeps until the work before it has ended. Raises `DeviceError` if that work failed.
     virtual void synchronize() = 0;
+    // Seconds between two events that have passed and were made with timing. Raises `DeviceError` for any others.
+    virtual double seconds_since(Event& earlier) = 0;
     // What other libraries know it by; 0 on the host device.
     virtual std::uint64_t handle() const noexcept = 0;
 };
@@ -68,9 +70,9 @@ class Device : public std::enable_shared_from_this<Device> {
     // Makes it the calling thread's; cheap when it is already.
     virtual void attach() = 0;
     virtual std::unique_ptr<Stream> open_stream() = 0;
-    virtual std::unique_ptr<Event> make_event(bool timing) = 0;
+    virtual std::shared_ptr<Event> make_event(bool timing) = 0;
     // An event of somebody else's, by its handle, that streams can wait for as long as its owner keeps it.
-    virtual std::unique_ptr<Event> adopt_event(std::uint64_t handle) = 0;
+    virtual std::shared_ptr<Event> adopt_event(std::uint64_t handle) = 0;
     // Whether the host writes its memory as its own, and may do so instead of copying there.
     virtual bool in_place() const noexcept = 0;
     // Whether memory is to be overwritten once it is free, so that a late reader shows; for tests.

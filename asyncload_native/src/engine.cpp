@@ -42,7 +42,7 @@ struct Engine::Flight {
 // A staging buffer, and the event behind what was last enqueued from it.
 struct Engine::Lane {
     std::span<std::byte> buffer;
-    std::unique_ptr<Event> event;
+    std::shared_ptr<Event> event;
     std::optional<Flight> flight;
 };
 

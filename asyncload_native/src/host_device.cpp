@@ -29,6 +29,7 @@ class Point {
     void pass(const std::optional<DeviceError>& error) {
         const std::lock_guard lock(mutex_);
         passed_ = true;
+        passed_at_ = Clock::now();
         error_ = error;
         changed_.notify_all();
     }
@@ -51,6 +52,11 @@ class Point {
         changed_.wait(lock, [this] { return passed_; });
     }
 
+    std::optional<Clock::time_point> passed_at() {
+        const std::lock_guard lock(mutex_);
+        return passed_ ? std::optional(passed_at_) : std::nullopt;
+    }
+
   private:
     void raise() const {
         if (error_) throw DeviceError(*error_);
@@ -59,6 +65,7 @@ class Point {
     std::mutex mutex_;
     std::condition_variable changed_;
     bool passed_ = false;
+    Clock::time_point passed_at_{};
     std::optional<DeviceError> error_;
 };
 
@@ -68,12 +75,19 @@ class HostEvent final : public Event {
     void synchronize() override {
         if (point_ != nullptr) point_->wait();
     }
+    double seconds_since(Event& earlier) override {
+        const auto end = passed_at(), begin = static_cast<HostEvent&>(earlier).passed_at();
+        if (!begin || !end) throw DeviceError("there is no time between events that have not passed", "");
+        return std::chrono::duration<double>(*end - *begin).count();
+    }
     std::uint64_t handle() const noexcept override { return 0; }
 
     std::shared_ptr<Point> begin() { return point_ = std::make_shared<Point>(); }
     std::shared_ptr<Point> point() const { return point_; }
 
   private:
+    std::optional<Clock::time_point> passed_at() const { return point_ ? point_->passed_at() : std::nullopt; }
+
     std::shared_ptr<Point> point_;  // of the last recording
 };
 
@@ -154,13 +168,13 @@ std::unique_ptr<Stream> HostDevice::open_stream() {
     return std::make_unique<HostStream>(*this);
 }
 
-std::unique_ptr<Event> HostDevice::make_event(bool) {
-    return std::make_unique<HostEvent>();
+std::shared_ptr<Event> HostDevice::make_event(bool) {
+    return std::make_shared<HostEvent>();
 }
 
 // The host has no handles: who needs to wait for an event of another's does so before he submits.
-std::unique_ptr<Event> HostDevice::adopt_event(std::uint64_t) {
-    return std::make_unique<HostEvent>();
+std::shared_ptr<Event> HostDevice::adopt_event(std::uint64_t) {
+    return std::make_shared<HostEvent>();
 }
 
 void HostDevice::set_pace(const Pace& pace) {

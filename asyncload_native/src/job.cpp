@@ -1,11 +1,7 @@
 #include "job.h"
 
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <system_error>
 #include <utility>
 
 namespace asyncload {
@@ -33,26 +29,16 @@ Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork>
         tensors_left_ += !tensor.skip;
     }
     choice_.emplace(files_);
-    descriptor_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (descriptor_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
-}
-
-Job::~Job() {
-    close();
 }
 
 void Job::close() {
     const std::lock_guard lock(mutex_);
-    if (descriptor_ >= 0) ::close(std::exchange(descriptor_, -1));
+    signal_.close();
 }
 
 Job::News Job::poll() {
     const std::lock_guard lock(mutex_);
-    if (signalled_) {
-        std::uint64_t count = 0;
-        [[maybe_unused]] const auto got = read(descriptor_, &count, sizeof count);
-        signalled_ = false;
-    }
+    signal_.clear();
     News news = std::move(news_);
     news_ = {};
     news_.ended = news.ended;
@@ -81,7 +67,7 @@ void Job::arrived(const Chunk& chunk) {
             landed = true;
         }
     }
-    if (wake_ == Wake::chunk || (wake_ == Wake::tensor && landed)) signal();
+    if (wake_ == Wake::chunk || (wake_ == Wake::tensor && landed)) signal_.set();
 }
 
 void Job::fail(Failure failure) {
@@ -93,13 +79,7 @@ void Job::settle() {
     choice_.reset();
     files_.clear();
     news_.ended = true;
-    signal();
-}
-
-void Job::signal() {
-    if (std::exchange(signalled_, true)) return;
-    const std::uint64_t one = 1;
-    [[maybe_unused]] const auto written = write(descriptor_, &one, sizeof one);  // fails only when readable already
+    signal_.set();
 }
 
 }  // namespace asyncload

@@ -13,6 +13,7 @@
 #include "cut.h"
 #include "file.h"
 #include "reader_choice.h"
+#include "signal.h"
 
 namespace asyncload {
 
@@ -57,12 +58,11 @@ class Job : public std::enable_shared_from_this<Job> {
     // `to_host`: the targets are memory of the host, whatever the device.
     Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
         Wake wake, bool to_host);
-    ~Job();
     Job(const Job&) = delete;
     Job& operator=(const Job&) = delete;
 
     // An eventfd; readable when there is news.
-    int descriptor() const noexcept { return descriptor_; }
+    int descriptor() const noexcept { return signal_.descriptor(); }
     // For each tensor, the group that it is moved in; that of a tensor that is skipped is the next one's.
     const std::vector<std::uint32_t>& groups() const noexcept { return groups_; }
     // What has happened since it was last asked.
@@ -81,7 +81,6 @@ class Job : public std::enable_shared_from_this<Job> {
     void arrived(const Chunk& chunk);
     void fail(Failure failure);
     void settle();  // it has ended
-    void signal();
 
     // Until its end:
     std::vector<std::shared_ptr<const File>> files_;
@@ -90,7 +89,6 @@ class Job : public std::enable_shared_from_this<Job> {
     const Cut cut_;
     const Wake wake_;
     const bool to_host_;
-    int descriptor_ = -1;
     std::vector<std::uint32_t> groups_;
 
     // Written before the first of a group's chunks is taken, under the engine's lock.
@@ -108,7 +106,7 @@ class Job : public std::enable_shared_from_this<Job> {
     mutable std::mutex mutex_;            // over the rest; never held while another is taken
     std::vector<std::uint64_t> missing_;  // bytes, by tensor
     std::uint32_t tensors_left_ = 0;
-    bool signalled_ = false;
+    Signal signal_;
     News news_;
     Times times_;
     std::string reading_;  // at the end

@@ -15,6 +15,7 @@
 #include "engine.h"
 #include "file.h"
 #include "host_device.h"
+#include "layer_feed.h"
 #include "race.h"
 #include "reader.h"
 #include "reader_choice.h"
@@ -52,6 +53,18 @@ std::vector<TensorWork> read_table(const Table& table) {
 
 std::span<std::byte> bytes(const Bytes& buffer) {
     return {reinterpret_cast<std::byte*>(buffer.data()), buffer.size()};
+}
+
+using Pieces = nb::ndarray<const std::uint64_t, nb::numpy, nb::shape<-1, 6>, nb::c_contig, nb::device::cpu>;
+
+LayerFeed::Layer read_pieces(const Pieces& table) {
+    LayerFeed::Layer pieces;
+    for (std::size_t row = 0; row < table.shape(0); ++row) {
+        const std::uint64_t* const column = &table(row, 0);
+        pieces.push_back({column[0], column[1], column[2], {column[3], static_cast<std::uint32_t>(column[4])},
+                          static_cast<std::int64_t>(column[5])});
+    }
+    return pieces;
 }
 
 std::vector<std::uint64_t> words(const Words& array) {
@@ -124,7 +137,13 @@ void bind_driver(nb::module_& module) {
 }
 
 void bind_devices(nb::module_& module) {
-    nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.");
+    nb::class_<Event>(module, "Event", "A point in a stream's work.")
+        .def("done", &Event::done, "Whether the work before it has ended; raises DeviceError if that failed.")
+        .def("synchronize", &Event::synchronize, Unlocked(), "Sleeps until it has; raises DeviceError if it failed.")
+        .def("seconds_since", &Event::seconds_since, "earlier"_a, "The time between two that have passed, in seconds.")
+        .def_prop_ro("handle", &Event::handle, "What other libraries know it by; 0 on the host.");
+    nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.")
+        .def("adopt_event", &Device::adopt_event, "handle"_a, "Somebody else's event, as long as its owner keeps it.");
     nb::class_<CudaDevice, Device>(module, "CudaDevice", "A CUDA device, in its primary context.")
         .def(nb::new_([](std::shared_ptr<Driver> driver, int index) {
                  return std::make_shared<CudaDevice>(std::move(driver), index);
@@ -317,6 +336,34 @@ void bind_engine(nb::module_& module) {
         .def("close", &Engine::close, Unlocked(), "Ends all jobs and the threads; blocks.");
 }
 
+void bind_layer_feed(nb::module_& module) {
+    nb::class_<LayerFeed::Ticket>(module, "Ticket", "What was done of what a feed was asked.")
+        .def_ro("number", &LayerFeed::Ticket::number)
+        .def_ro("failure", &LayerFeed::Ticket::failure, "What the device said, if it failed.")
+        .def_ro("code", &LayerFeed::Ticket::code);
+    nb::class_<LayerFeed::Feeding>(module, "Feeding", "A layer that is being brought into a slot.")
+        .def_ro("number", &LayerFeed::Feeding::number)
+        .def_ro("begun", &LayerFeed::Feeding::begun, "Events before its copies, one for each stream.")
+        .def_ro("arrived", &LayerFeed::Feeding::arrived, "Events behind them.");
+    nb::class_<LayerFeed>(module, "LayerFeed", "Brings layers out of registered host memory into slots.")
+        .def(nb::new_([](std::shared_ptr<Device> device, const std::vector<Pieces>& layers, std::uint32_t streams,
+                         std::vector<Address> scratch, std::uint32_t waiters, int nice) {
+                 std::vector<LayerFeed::Layer> pieces;
+                 for (const Pieces& layer : layers) pieces.push_back(read_pieces(layer));
+                 return std::make_shared<LayerFeed>(std::move(device), std::move(pieces), streams, std::move(scratch),
+                                                    waiters, nice);
+             }),
+             "device"_a, "layers"_a, "streams"_a, "scratch"_a, "waiters"_a, "nice"_a,
+             "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of its\n"
+             "groups, and blocks, 0 for what is copied as it is.")
+        .def("feed", &LayerFeed::feed, "layer"_a, "slot"_a, "after"_a,
+             "Has a layer, by its index, enqueued into the slot at an address behind events.")
+        .def("settle", &LayerFeed::settle, "events"_a, "Has events waited for; the number by which that is told.")
+        .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is done.")
+        .def("poll", &LayerFeed::poll, "What was done since it was last asked.")
+        .def("close", &LayerFeed::close, Unlocked(), "Waits for what is under way, and ends threads and streams.");
+}
+
 }  // namespace
 }  // namespace asyncload
 
@@ -331,4 +378,5 @@ NB_MODULE(_native, module) {
     asyncload::bind_job(module);
     asyncload::bind_readers(module);
     asyncload::bind_engine(module);
+    asyncload::bind_layer_feed(module);
 }
