@@ -34,13 +34,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceInfo:
-    """What a device is: its ``name`` as the caller writes it, its make, and its memory in bytes."""
+    """What a device is: its ``name`` as the caller writes it, its make, and its memory in bytes.
+
+    ``needs_stream`` says that its memory is used by work on streams alone; else the host may use it, too.
+    """
 
     name: str
     kind: DeviceKind
     index: int
     model: str
     total_bytes: int
+    needs_stream: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,9 @@ class HostDevice:
         if total_bytes is None:
             total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         model = f"host memory, {platform.machine()}"
-        self._info = DeviceInfo(name=_NAME, kind="host", index=0, model=model, total_bytes=total_bytes)
+        self._info = DeviceInfo(
+            name=_NAME, kind="host", index=0, model=model, total_bytes=total_bytes, needs_stream=False
+        )
         self._engine = CopyEngine(_NAME, bandwidth, latency, POISON if poison else None)
         self._poison = poison
         self.on_allocate = on_allocate

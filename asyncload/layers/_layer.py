@@ -57,7 +57,7 @@ class Layer(Mapping[str, Tensor]):
         work = self._work
         if work is None:
             raise ClosedError(f"layer {self.number} has been used")
-        if stream is None and self._device.info.kind != "host":
+        if stream is None and self._device.info.needs_stream:
             raise OptionsError("work on a layer needs a stream: layer.on(stream)", option="stream")
         self._device.attach()
         adopted = None if stream is None else self._device.adopt(stream)

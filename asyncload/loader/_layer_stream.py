@@ -132,7 +132,7 @@ class _Layers:
         self.host: Literal["slabs", "file"] = "file" if isinstance(feed, FileFeed) else "slabs"
         self.resident = {number: model.layers[number] for number in plan.resident}
         self.loop = LoopHandle()
-        self.wait_for_arrival = engine.device.info.kind == "host"  # where work needs no stream
+        self.wait_for_arrival = not engine.device.info.needs_stream
 
     async def last_pass(self) -> PassStats:
         """The last sweep's figures."""

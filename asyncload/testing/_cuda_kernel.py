@@ -26,6 +26,7 @@ extern "C" __global__ void sleep_then_copy(volatile unsigned int *woken, unsigne
 """
 _THREADS = 32
 _SLEEPS = 1024  # words to wake sleeping kernels with; as many launches later the first word is used again
+_WORD = ctypes.sizeof(ctypes.c_uint32)
 
 
 class Sleep:
@@ -41,24 +42,27 @@ class Sleep:
 
 
 class SleepingKernel:
-    """Compiles the kernel for a CUDA device, the calling thread's current one from then on, and runs it once.
+    """Compiles the kernel for a CUDA device, by its number, and runs it once.
 
-    (A first launch loads the kernel, which can wait for other kernels.) Needs ``cuda.core`` and NVRTC.
+    The device is the calling thread's current one from then on. (A first launch loads the kernel, which can wait for
+    other kernels.) Needs ``cuda.core`` and NVRTC.
     """
 
     def __init__(self, index: int = 0) -> None:
+        self.index = index
         self._core: Any = import_module("cuda.core")
         self._driver: Any = import_module("cuda.bindings.driver")
-        self._device: Any = self._core.Device(index)
-        self._device.set_current()
+        device: Any = self._core.Device(index)
+        device.set_current()
         # Allocated before any kernel sleeps, as allocating may wait for kernels. Pinned host memory has one address for
         # host and device, and what the one writes the other sees.
-        code, address = self._driver.cuMemAllocHost(_SLEEPS * ctypes.sizeof(ctypes.c_uint32))
+        code, address = self._driver.cuMemAllocHost((_SLEEPS + 1) * _WORD)
         if int(code) != 0:
             raise RuntimeError(f"cuMemAllocHost: {code.name}")
-        self._words = (ctypes.c_uint32 * _SLEEPS).from_address(int(address))
+        self._words = (ctypes.c_uint32 * (_SLEEPS + 1)).from_address(int(address))
+        self._words[_SLEEPS] = 0  # of those that nobody wakes
         self._launched = 0
-        self._code = self.compile(f"sm_{self._device.arch}")
+        self._code = self.compile(f"sm_{device.arch}")
         self._kernel = self._code.get_kernel("sleep_then_copy")
         stream = self.stream()
         with self.asleep(stream, seconds=0):
@@ -72,8 +76,10 @@ class SleepingKernel:
         return core.Program(_SOURCE, "c++", options).compile("cubin")
 
     def stream(self) -> Any:
-        """A new stream of ``cuda.core``, foreign to asyncload."""
-        return self._device.create_stream()
+        """A new stream of ``cuda.core``, foreign to asyncload; the device becomes the calling thread's current one."""
+        device = self._core.Device(self.index)  # there is one for each thread
+        device.set_current()
+        return device.create_stream()
 
     @contextmanager
     def asleep(
@@ -84,19 +90,25 @@ class SleepingKernel:
         It then copies ``nbytes`` bytes of device memory from address ``source`` to ``target``. It is woken, and has
         ended, when the block ends.
         """
-        offset = self._launched % _SLEEPS * ctypes.sizeof(ctypes.c_uint32)
+        address = ctypes.addressof(self._words) + self._launched % _SLEEPS * _WORD
         self._launched += 1
-        address = ctypes.addressof(self._words) + offset
         sleep = Sleep(address)
-        config = self._core.LaunchConfig(grid=1, block=_THREADS)
-        launch_on = self._core.Stream.from_handle(stream.__cuda_stream__()[1])
-        self._core.launch(launch_on, config, self._kernel, address, int(seconds * 1e9), source, target, nbytes)
-        ended = launch_on.record()
+        ended = self._launch(stream, address, seconds, (source, target, nbytes)).record()
         try:
             yield sleep
         finally:
             sleep.wake()
             ended.sync()
+
+    def sleep(self, stream: Any, seconds: float) -> None:
+        """Enqueues a sleep on a stream (any with ``__cuda_stream__``) and returns at once."""
+        self._launch(stream, ctypes.addressof(self._words) + _SLEEPS * _WORD, seconds)
+
+    def _launch(self, stream: Any, word: int, seconds: float, copy: tuple[int, int, int] = (0, 0, 0)) -> Any:
+        config = self._core.LaunchConfig(grid=1, block=_THREADS)
+        launch_on = self._core.Stream.from_handle(stream.__cuda_stream__()[1])
+        self._core.launch(launch_on, config, self._kernel, word, int(seconds * 1e9), *copy)
+        return launch_on
 
     def close(self) -> None:
         """Gives its memory back; no kernel of it runs any more."""

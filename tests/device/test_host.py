@@ -16,7 +16,7 @@ from asyncload.device import Device, DeviceMemory, HostDevice, Stream, _host_str
 from asyncload.device._host_stream import CopyEngine, HostStream
 from asyncload.device._pages import Pages
 from asyncload.errors import CopyError, DeviceError, DeviceNotFoundError, OutOfDeviceMemoryError
-from asyncload.testing import DeviceConformance
+from asyncload.testing import DeviceConformance, RaceDevice, StreamProxy
 
 POISON = 0xA5
 TIMEOUT = 60.0
@@ -45,6 +45,26 @@ class TestSlowHostDevice(TestHostDevice):
         device = HostDevice(bandwidth=2e9, latency=1e-4, poison=True)
         yield device
         device.close()
+
+
+class TestProxies(DeviceConformance):
+    """The same behind what doubles are made from."""
+
+    @pytest.fixture
+    def device(self) -> Iterator[RaceDevice]:
+        device = RaceDevice(HostDevice())
+        yield device
+        device.close()
+
+    @contextmanager
+    def hold(self, device: Device, stream: Stream | None) -> Generator[Callable[[], None]]:
+        assert isinstance(device, RaceDevice)
+        assert isinstance(device.inner, HostDevice)
+        assert stream is None or isinstance(stream, StreamProxy)
+        inner = device.inner if stream is None else stream.inner
+        assert isinstance(inner, HostDevice | HostStream)
+        with inner.hold() as held:
+            yield held.set
 
 
 @pytest.fixture

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from asyncload.device import Device, Stream
-from asyncload.gguf import GGMLType
 from asyncload.layers import Layer
 from asyncload.loader import LayerStream, Loader
 from asyncload.options import Options
-from asyncload.testing import random_blocks, write_gguf
+from asyncload.testing import write_layers
 from asyncload.threads import run_in_thread
 
 SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
@@ -19,17 +19,8 @@ Content = dict[str, bytes]
 
 
 async def make_model(path: Path, layers: int, *, uneven: bool, dtype: str = "f16") -> tuple[Path, Content]:
-    """Layers of two tensors each, sizes that differ if they are to be uneven."""
-    tensors: dict[str, Any] = {"token_embd.weight": (GGMLType.Q8_0, (8, 32), random_blocks(GGMLType.Q8_0, 8, 0).data)}
-    for layer in range(layers):
-        rows = 64 * (1 + (layer * 7) % 5 if uneven else 3)
-        for number, name in enumerate(("attn_q", "ffn_down")):
-            packed = random_blocks(GGMLType.Q8_0, rows * 4, seed=10 * layer + number)
-            tensors[f"blk.{layer}.{name}.weight"] = (GGMLType.Q8_0, (rows, 128), packed.data)
-    await run_in_thread(write_gguf, path, tensors)
-    async with Loader("host", options=SMALL) as loader:
-        model = await loader.load(path, dtype=dtype)
-        return path, {name: tensor.numpy().tobytes() for name, tensor in model.items()}
+    """The path, and what each tensor is as ``dtype``."""
+    return path, await run_in_thread(partial(write_layers, path, layers, uneven=uneven, dtype=dtype))
 
 
 def layers_only(content: Content) -> Content:

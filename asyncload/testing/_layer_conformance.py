@@ -1,0 +1,147 @@
+"""What every engine that streams layers does, as tests: an engine's test class inherits from ``LayerConformance``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncload.errors import OptionsError
+from asyncload.gguf import GGMLType
+from asyncload.loader import LayerRide, LayerStream, Loader
+from asyncload.testing._layer_model import write_layers
+from asyncload.testing._layer_rig import LayerConsumer, LayerRig, Wait, differences
+from asyncload.threads import run_in_thread
+
+__all__ = ["LayerConformance"]
+
+_SLOW = 0.001  # seconds that a copy, or a piece of work, takes longer
+# Layers and slots: multiples and others, as many, and fewer.
+_CASES = [
+    *((1, 1), (5, 1), (4, 2), (5, 2), (6, 3), (7, 3), (8, 4), (7, 4), (5, 5)),
+    *((8, 5), (12, 6), (8, 6), (7, 7), (9, 7), (8, 8), (11, 8), (3, 8)),
+]
+_feeds = pytest.mark.parametrize("host", ["slabs", "file"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model, and the bytes of its layers' tensors."""
+
+    path: Path
+    dtype: str
+    content: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.content.values()))
+
+    def open(self, loader: Loader, **how: Any) -> LayerStream:
+        """All layers stream."""
+        return loader.stream(self.path, dtype=self.dtype, allow=["stream"], workspace=0, kv_bytes=0, **how)
+
+    async def check(self, consumer: LayerConsumer) -> None:
+        """It has read exactly one sweep."""
+        assert not differences(await run_in_thread(consumer.take), self.content)
+
+
+async def _model(folder: Path, layers: int, *, uneven: bool = True, decoded: bool = True) -> _Model:
+    path, type_, dtype, rows = folder / "model.gguf", GGMLType.Q8_0, "packed", 32
+    if decoded:
+        type_, dtype, rows = GGMLType.Q4_K, "bf16", 96  # some are decoded in more than one piece
+    write = partial(write_layers, path, layers, uneven=uneven, type=type_, dtype=dtype, rows=rows)
+    content = await run_in_thread(write)
+    return _Model(path, dtype, {name: data for name, data in content.items() if name.startswith("blk.")})
+
+
+async def _sweep(layers: LayerStream | LayerRide, consumer: LayerConsumer) -> list[int]:
+    """The numbers of a sweep's layers in their order; the consumer has work on all of them."""
+    numbers: list[int] = []
+    async for layer in layers:
+        consumer.use(layer)
+        numbers.append(layer.number)
+    return numbers
+
+
+class LayerConformance(ABC):
+    """Every byte of every sweep, also when rides share it.
+
+    A subclass supplies ``rig``. Copies that do not wait for the work on the layer before, and work that does not wait
+    for the copies, would show as wrong bytes: a test takes each wait away and finds them.
+    """
+
+    @abstractmethod
+    def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
+        """An engine over a device, such as ``host_rig`` and ``cuda_rig`` make, without the ``lost`` wait."""
+
+    @pytest.mark.anyio
+    @_feeds
+    @pytest.mark.parametrize(("uneven", "decoded"), [(False, False), (True, True)], ids=["even", "uneven-decoded"])
+    @pytest.mark.parametrize(("layers", "slots"), _CASES)
+    async def test_every_byte_of_every_sweep(
+        self, tmp_path: Path, host: str, *, layers: int, slots: int, uneven: bool, decoded: bool
+    ) -> None:
+        model = await _model(tmp_path, layers, uneven=uneven, decoded=decoded)
+        async with self.rig() as rig, model.open(rig.loader, slots=slots, host=host) as stream:
+            consumer = await rig.consumer(model.nbytes, seed=layers)
+            for bus, work in ((_SLOW, 0.0), (0.0, _SLOW), (_SLOW, _SLOW)):
+                rig.slow_bus(bus)
+                consumer.seconds = work
+                assert await _sweep(stream, consumer) == list(range(layers))
+                await model.check(consumer)
+            used, plan = rig.loader.tracker.by_purpose(), stream.plan.breakdown
+            assert {purpose: nbytes for purpose, nbytes in used.items() if nbytes > plan[purpose]} == {}
+
+    @pytest.mark.anyio
+    @_feeds
+    @pytest.mark.parametrize("slots", [1, 2, 3])
+    async def test_every_byte_for_each_of_several_rides(self, tmp_path: Path, host: str, slots: int) -> None:
+        model = await _model(tmp_path, 5, decoded=False)
+        async with self.rig() as rig, model.open(rig.loader, slots=slots, host=host) as stream:
+            rig.slow_bus(_SLOW / 2)
+
+            async def consume(ride: LayerRide, consumer: LayerConsumer) -> None:
+                with ride:
+                    for _ in range(3):
+                        assert await _sweep(ride, consumer) == list(range(5))
+                        await model.check(consumer)
+
+            async with anyio.create_task_group() as group:
+                consumers = [
+                    await rig.consumer(model.nbytes, seconds=seconds, poison=False) for seconds in (0.0, _SLOW, _SLOW)
+                ]
+                for ride, consumer in [(stream.join(), consumer) for consumer in consumers]:
+                    group.start_soon(consume, ride, consumer)
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize(
+        ("wait", "host"),
+        # what comes from the file has arrived when it is handed out
+        [(Wait.COPY_FOR_WORK, "slabs"), (Wait.COPY_FOR_WORK, "file"), (Wait.WORK_FOR_COPY, "slabs")],
+    )
+    async def test_without_either_wait_bytes_are_wrong(self, tmp_path: Path, host: str, wait: Wait) -> None:
+        model = await _model(tmp_path, 6)
+        async with self.rig(lost=wait) as rig, model.open(rig.loader, slots=2, host=host) as stream:
+            slow = 5 * _SLOW
+            consumer = await rig.consumer(model.nbytes, seconds=slow)
+            wrong: list[str] = []
+            for _ in range(10):  # of which one would do, but for the machine's whims
+                rig.slow_bus(slow if wait is Wait.WORK_FOR_COPY else 0.0)
+                await _sweep(stream, consumer)
+                if wrong := differences(await run_in_thread(consumer.take), model.content):
+                    break
+            assert wrong
+
+    @pytest.mark.anyio
+    async def test_work_needs_a_stream(self, tmp_path: Path) -> None:
+        model = await _model(tmp_path, 2)
+        async with self.rig() as rig, model.open(rig.loader) as stream:
+            async for layer in stream:
+                with pytest.raises(OptionsError), layer.on():
+                    pytest.fail("there is no stream")
