@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+import threading
 from abc import ABC, abstractmethod
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asyncload.errors import OptionsError
@@ -21,6 +26,7 @@ from asyncload.threads import run_in_thread
 
 __all__ = ["LayerConformance"]
 
+_PATIENCE = 60.0  # seconds; generous, as it only matters where something hangs
 _SLOW = 0.001  # seconds that a copy, or a piece of work, takes longer
 # Layers and slots: multiples and others, as many, and fewer.
 _CASES = [
@@ -70,15 +76,27 @@ async def _sweep(layers: LayerStream | LayerRide, consumer: LayerConsumer) -> li
 
 
 class LayerConformance(ABC):
-    """Every byte of every sweep, also when rides share it.
+    """Every byte of every sweep, also when rides share it, and after as many ``cancellations`` of each kind.
 
     A subclass supplies ``rig``. Copies that do not wait for the work on the layer before, and work that does not wait
     for the copies, would show as wrong bytes: a test takes each wait away and finds them.
     """
 
+    cancellations: int = 10
+
     @abstractmethod
     def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
         """An engine over a device, such as ``host_rig`` and ``cuda_rig`` make, without the ``lost`` wait."""
+
+    def in_use(self, loader: Loader) -> Sequence[object]:
+        """What must be after a cancelled stream as before; an engine's class adds what it can tell. Blocks."""
+        loader.tracker.flush()
+        threads = [thread.name for thread in threading.enumerate()]
+        return [
+            loader.tracker.by_purpose(),
+            sum(name.startswith("asyncload-layers") for name in threads),
+            sum(name.startswith("asyncload-host-stream") for name in threads),
+        ]
 
     @pytest.mark.anyio
     @_feeds
@@ -145,3 +163,107 @@ class LayerConformance(ABC):
             async for layer in stream:
                 with pytest.raises(OptionsError), layer.on():
                     pytest.fail("there is no stream")
+
+    # However a consumer ends
+
+    @pytest.mark.anyio
+    @_feeds
+    async def test_consumers_cancelled_at_random_moments(self, tmp_path: Path, host: str) -> None:
+        rng = random.Random(host)  # noqa: S311 - cases, not secrets
+        model = await _model(tmp_path, 6)
+        async with self.rig() as rig:
+            consumer = await rig.consumer(model.nbytes, seconds=_SLOW)
+
+            async def consume() -> None:
+                async for layer in stream:
+                    with layer.on(consumer.stream):
+                        await _turns(rng.randrange(3))
+                        consumer.work(layer)
+                        await _turns(rng.randrange(3))
+
+            async with self._the_same_afterwards(rig.loader), model.open(rig.loader, slots=2, host=host) as stream:
+                before = rig.loader.tracker.by_purpose()
+                seconds = await _time(consume)
+                await model.check(consumer)
+                for _ in range(self.cancellations):
+                    rig.slow_bus(rng.choice([0.0, _SLOW]))
+                    await _cancel(consume, seconds, rng)
+                    await run_in_thread(consumer.take)
+                    with anyio.fail_after(_PATIENCE):
+                        await _sweep(stream, consumer)
+                    await model.check(consumer)
+                    assert rig.loader.tracker.by_purpose() == before
+
+    @pytest.mark.anyio
+    @_feeds
+    async def test_streams_cancelled_at_random_moments(self, tmp_path: Path, host: str) -> None:
+        rng = random.Random(host)  # noqa: S311
+        model = await _model(tmp_path, 6)
+        async with self.rig() as rig:
+            consumer = await rig.consumer(model.nbytes, seconds=_SLOW)
+
+            async def consume() -> None:
+                async with model.open(rig.loader, slots=2, host=host) as stream:
+                    await _sweep(stream, consumer)
+
+            seconds = await _time(consume)  # and what is made once is made
+            await model.check(consumer)
+            async with self._the_same_afterwards(rig.loader):
+                for _ in range(self.cancellations):
+                    rig.slow_bus(rng.choice([0.0, _SLOW]))
+                    async with self._the_same_afterwards(rig.loader):
+                        await _cancel(consume, seconds, rng)
+                        await run_in_thread(consumer.take)
+                    with anyio.fail_after(_PATIENCE):
+                        await consume()
+                    await model.check(consumer)
+
+    @asynccontextmanager
+    async def _the_same_afterwards(self, loader: Loader) -> AsyncGenerator[None]:
+        before = await run_in_thread(self.in_use, loader)
+        yield
+        assert await run_in_thread(self.in_use, loader) == before
+        found = await run_in_thread(loader.tracker.reconcile)
+        assert found.within, found
+
+
+async def _turns(count: int) -> None:
+    for _ in range(count):
+        await anyio.lowlevel.checkpoint()
+
+
+async def _time(consume: Callable[[], Coroutine[Any, Any, None]]) -> float:
+    """The seconds that a function takes."""
+    begin = anyio.current_time()
+    await consume()
+    return anyio.current_time() - begin
+
+
+async def _cancel(consume: Callable[[], Coroutine[Any, Any, None]], seconds: float, rng: random.Random) -> None:
+    """Runs a function in a task, and cancels that after some turns of the loop, or within some seconds."""
+
+    async def moment() -> None:
+        if rng.random() < 0.5:  # noqa: PLR2004 - as often
+            await _turns(rng.randrange(80))
+        else:
+            await anyio.sleep(rng.random() * seconds)
+
+    if _on_asyncio() and rng.random() < 0.5:  # noqa: PLR2004
+        task = asyncio.ensure_future(consume())
+        await moment()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        return
+    async with anyio.create_task_group() as group:
+        group.start_soon(consume)
+        await moment()
+        group.cancel_scope.cancel()
+
+
+def _on_asyncio() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

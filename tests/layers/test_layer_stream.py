@@ -405,59 +405,6 @@ async def test_a_consumer_that_dies_inside_the_block_leaves_the_slot_safe(six_la
 
 
 @feeds
-async def test_a_consumer_cancelled_at_any_moment(six_layers: Six, nothing_left: Any, host: str) -> None:
-    rng = random.Random(1)
-    device = HostDevice(poison=True, bandwidth=400e6)
-    async with (
-        Loader(device, options=SMALL) as loader,
-        nothing_left(loader),
-        open_stream(loader, six_layers[0], host=host) as layers,
-    ):
-        baseline = loader.tracker.by_purpose()
-
-        async def consume() -> None:
-            async for layer in layers:
-                with layer.on():
-                    await give_turns(rng.randrange(3))
-
-        for _ in range(80):
-            turns = rng.randrange(60)
-            async with anyio.create_task_group() as group:
-                group.start_soon(consume)
-                await give_turns(turns)
-                if turns % 2:
-                    await anyio.sleep(rng.random() * 0.004)
-                group.cancel_scope.cancel()
-        with anyio.fail_after(PATIENCE):
-            assert await sweep(layers) == (ORDER, layers_only(six_layers[1]))
-        assert loader.tracker.by_purpose() == baseline
-
-
-@feeds
-async def test_a_stream_cancelled_at_any_moment(six_layers: Six, nothing_left: Any, host: str) -> None:
-    rng = random.Random(2)
-    device = HostDevice(poison=True, bandwidth=400e6)
-    options = replace(SMALL, decode="device")
-    async with Loader(device, options=options) as loader, nothing_left(loader):
-
-        async def consume() -> None:
-            async with open_stream(loader, six_layers[0], host=host) as layers:
-                await sweep(layers)
-
-        for _ in range(20):
-            pause = rng.random() * 0.03
-            async with anyio.create_task_group() as group:
-                group.start_soon(consume)
-                await anyio.sleep(pause)
-                group.cancel_scope.cancel()
-            await run_in_thread(loader.tracker.flush)
-            assert loader.tracker.total == 0
-            assert loader._active().idle
-        async with open_stream(loader, six_layers[0], host=host) as layers:
-            assert await sweep(layers) == (ORDER, layers_only(six_layers[1]))
-
-
-@feeds
 async def test_a_cancelled_step_loses_no_layer(six_layers: Six, host: str) -> None:
     rng = random.Random(3)
     device = HostDevice(poison=True, latency=0.002)

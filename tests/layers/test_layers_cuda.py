@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,17 @@ def kernel() -> Iterator[SleepingKernel]:
 
 
 class TestCudaLayers(LayerConformance):
+    cancellations = 84  # of consumers and of streams, by feed and event loop: 1,008 together
+
     @pytest.fixture(autouse=True)
     def _kernel(self, kernel: SleepingKernel) -> None:
         self.kernel = kernel
 
     def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
         return cuda_rig(self.kernel, SMALL, lost=lost)
+
+    def in_use(self, loader: Loader) -> Sequence[object]:
+        return [*super().in_use(loader), loader._active().idle]
 
 
 @pytest.mark.anyio

@@ -1,7 +1,8 @@
-"""The layer streaming of this engine on the host device: every byte, over a slow bus and slow work."""
+"""The layer streaming of this engine on the host device: every byte, over a slow bus and slow work, and cancelled."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from asyncload import blocking
 from asyncload.gguf import GGMLType
+from asyncload.loader import Loader
 from asyncload.testing import LayerConformance, LayerRig, Wait, differences, host_rig, write_layers
 from tests.layers.models import SMALL
 
@@ -16,6 +18,9 @@ from tests.layers.models import SMALL
 class TestHostLayers(LayerConformance):
     def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
         return host_rig(SMALL, lost=lost)
+
+    def in_use(self, loader: Loader) -> Sequence[object]:
+        return [*super().in_use(loader), loader._active().idle]
 
 
 def test_differences_are_told_by_tensor() -> None:
