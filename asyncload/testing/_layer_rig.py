@@ -159,9 +159,13 @@ class LayerConsumer(ABC):
         self._device.attach()
         self.wait()
         found = {name: bytes(self._room.view[at : at + nbytes]) for name, at, nbytes in self._read}
-        self._read.clear()
-        self._used = 0
+        self.forget()
         return found
+
+    def forget(self) -> None:
+        """Drops what was read until now, or is going to be."""
+        self._read.clear()
+        self._used = 0  # what comes is read by the same stream, later
 
     def close(self) -> None:
         """Waits for the work and gives everything back; blocks."""
