@@ -67,7 +67,8 @@ class Options:
     ``depth`` the chunks that may be under way on one of these; ``retries`` how often a read that failed for a passing
     reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
     ``nice`` what the worker threads add to the process's niceness, so that an event loop on the same cores runs first;
-    ``stall_limit`` the seconds for which the consumers of a layer stream wait for one that keeps a layer;
+    ``stall_limit`` the seconds for which the consumers of a layer stream, and who closes it, wait for one that keeps
+    a layer;
     ``strict`` holds files to what ggml itself accepts. Raises ``OptionsError`` for a value that cannot be used.
     """
 

@@ -13,6 +13,7 @@ import platform
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
@@ -284,8 +285,9 @@ class HostDevice:
         """Closes streams that are still open."""
         with self._lock:
             streams = list(self._streams)
-        for stream in streams:
-            stream.close()
+        with ExitStack() as stack:
+            for stream in streams:
+                stack.callback(stream.close)
 
     # For tests
 
@@ -296,11 +298,12 @@ class HostDevice:
             self._held.append(held)
         return held
 
-    def fail_upload(self, number: int, *, refused: bool = False) -> None:
+    def fail_upload(self, number: int, *, refused: bool = False, lasting: bool = False) -> None:
         """Makes the ``number``-th copy from now on (1 is the next) fail, once.
 
-        Its stream's next event raises ``CopyError``, or, if it is to be ``refused``, the call of ``upload`` does.
+        Its stream's next event raises ``CopyError``, or, if it is to be ``refused``, the call of ``upload`` does. If it
+        is ``lasting``, as a GPU's errors are, so do all events that pass and all calls of streams from then on.
         """
-        self._engine.fail(number, refused=refused)
+        self._engine.fail(number, refused=refused, lasting=lasting)
         if self._native is not None:
             self._native.fail_copy(number)

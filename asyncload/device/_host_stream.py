@@ -69,11 +69,20 @@ class CopyEngine:
         self._accepted = 0
         self._to_fail: set[int] = set()
         self._to_refuse: set[int] = set()
+        self._lasts = False
+        self.lost: CopyError | None = None  #: the failure after which nothing works any more
 
-    def fail(self, number: int, *, refused: bool) -> None:
+    def fail(self, number: int, *, refused: bool, lasting: bool) -> None:
         """Makes the copy that comes as the ``number``-th from now fail: when it is enqueued, or else on its way."""
         with self._lock:
             (self._to_refuse if refused else self._to_fail).add(self._accepted + number)
+            self._lasts = lasting
+
+    def _failure(self, nbytes: int, what: str) -> CopyError:
+        error = CopyError(f"{self.device}: a copy of {nbytes} bytes {what}, as a test asked", device=self.device)
+        if self._lasts:
+            self.lost = error
+        return error
 
     def failing(self) -> list[int]:
         """Which copies are to fail, or to be refused, counted from now on."""
@@ -87,9 +96,7 @@ class CopyEngine:
         with self._lock:
             self._accepted += 1
             if self._accepted in self._to_refuse:
-                raise CopyError(
-                    f"{self.device}: a copy of {source.nbytes} bytes was refused, as a test asked", device=self.device
-                )
+                raise self._failure(source.nbytes, "was refused")
             copy = _Copy(source, target, fails=self._accepted in self._to_fail)
             self._under_way.add(copy)
         return copy
@@ -108,9 +115,7 @@ class CopyEngine:
         """Does a copy, as slowly as it should be, and returns the moment at which it was to end; blocks."""
         try:
             if copy.fails:
-                raise CopyError(
-                    f"{self.device}: a copy of {copy.nbytes} bytes failed, as a test asked", device=self.device
-                )
+                raise self._failure(copy.nbytes, "failed")
             if self.poison is not None:
                 ctypes.memset(copy.target.address, self.poison, copy.nbytes)
             begin = max(copy.enqueued, not_before) + self.latency
@@ -305,7 +310,7 @@ class HostStream:
         return mark
 
     def close(self) -> None:
-        """Waits for the work and ends the thread."""
+        """Waits for the work and ends the thread. Raises the failure after which nothing works, if there was one."""
         with self._closing:
             if not self._open:
                 return
@@ -314,11 +319,15 @@ class HostStream:
             self._closed(self)  # only now: a barrier must find the stream as long as it has work
             self._work.put(None)
             self._thread.join()
+        if self._engine.lost is not None:
+            raise self._engine.lost
 
     def _check(self) -> None:
         self._check_thread()
         if not self._open:
             raise DeviceError(f"{self._engine.device}: the stream is closed", device=self._engine.device)
+        if self._engine.lost is not None:
+            raise self._engine.lost
 
     def _run(self) -> None:
         lower_priority(_NICE)
@@ -341,7 +350,7 @@ class HostStream:
 
     def _pass(self, event: HostEvent) -> None:
         error, self._error = self._error, None
-        event.finish(error)
+        event.finish(error or self._engine.lost)
 
 
 def _view(memory: DeviceMemory) -> memoryview:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from asyncload.layers._feed import FileFeed, SlabFeed
 from asyncload.layers._layer import Layer
 from asyncload.layers._link import link_rate
-from asyncload.layers._scheduler import Fed, Ride, Scheduler, Sweep, Use, Work
+from asyncload.layers._scheduler import Scheduler
 from asyncload.layers._slabs import Slabs
 from asyncload.layers._slots import Slot
 from asyncload.layers._stats import LayerRecord, LayerTiming, PassStats, lower_bound, measure_pass, record_pass
+from asyncload.layers._sweep import Fed, Ride, Sweep, Use, Work
 from asyncload.layers._threads import add_threads
 from asyncload.layers._trace import trace, write_trace
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import cycle
 
 from asyncload.device import DeviceMemory, Event, StagingMemory, Stream
-from asyncload.layers._scheduler import Fed
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
+from asyncload.layers._sweep import Fed
 from asyncload.memory import Allocation, Purpose
 from asyncload.pipeline import Engine, Sink
 from asyncload.plan import Decode, LayerPlan, TensorPlan
@@ -98,13 +99,17 @@ class SlabFeed:
             stream.decode(type_, tensor.dtype, packed, target.part(start * after, count * after))
 
     def close(self) -> None:
-        """Waits for what is under way and ends thread, streams and scratch; blocks."""
-        self._thread.close()
-        self._device.attach()
-        for stream in self._streams:
-            stream.close()
-        self._scratch.clear()
-        self._slabs.close()
+        """Waits for what is under way and ends thread, streams, scratch and slabs; blocks.
+
+        All of them, also where one cannot be ended; raises ``DeviceError`` then.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._slabs.close)
+            stack.callback(self._scratch.clear)
+            for stream in self._streams:
+                stack.callback(stream.close)
+            self._thread.close()
+            self._device.attach()
 
 
 class _SlotSink(Sink):

@@ -8,7 +8,8 @@ from typing import Final, Self
 
 from asyncload.device import Device, Event
 from asyncload.errors import ClosedError, OptionsError, TensorNotFoundError
-from asyncload.layers._scheduler import Ride, Scheduler, Use, Work
+from asyncload.layers._scheduler import Scheduler
+from asyncload.layers._sweep import Ride, Use, Work
 from asyncload.model import Tensor
 
 __all__ = ["Layer"]
@@ -61,16 +62,14 @@ class Layer(Mapping[str, Tensor]):
             raise OptionsError("work on a layer needs a stream: layer.on(stream)", option="stream")
         self._device.attach()
         adopted = None if stream is None else self._device.adopt(stream)
-        use = work if isinstance(work, Use) else None
         self._work = None  # it holds its sweep, and that those after it: who keeps the layer keeps none
-        if use is not None:
-            self._scheduler.enter(self._ride, use, adopted)
+        self._scheduler.enter(self._ride, work, adopted)
         try:
             if adopted is None:
                 work.untimed = True
             else:
                 ready = adopted.record(timing=True)
-                for event in () if use is None else use.fed.arrived:
+                for event in work.fed.arrived if isinstance(work, Use) else ():
                     adopted.wait(event)
                 work.begin(ready, adopted.record(timing=True))
             self._tensors = self._make_tensors()
@@ -83,10 +82,7 @@ class Layer(Mapping[str, Tensor]):
             try:
                 ended = None if adopted is None else adopted.record(timing=True)
             finally:
-                if use is not None:
-                    self._scheduler.finish(self._ride, use, ended)
-                elif ended is not None:
-                    work.ended.append(ended)
+                self._scheduler.finish(self._ride, work, ended)
 
     def skip(self) -> None:
         """Gives the layer back unused; its ride's next step does that too."""

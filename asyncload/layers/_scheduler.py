@@ -10,10 +10,7 @@ when the work on the layer that had its slot before has ended.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import cycle
 from typing import Final
 
@@ -23,20 +20,13 @@ from anyio.abc import TaskGroup
 from asyncload.device import Event, Stream
 from asyncload.errors import ClosedError, StalledError
 from asyncload.layers._slots import Slot
+from asyncload.layers._sweep import Fed, Ride, Sweep, Use, Work
 from asyncload.plan import LayerPlan
 
-__all__ = ["Fed", "Feed", "Ride", "Scheduler", "Sweep", "Use", "Work"]
+__all__ = ["Scheduler"]
 
 _log: Final = logging.getLogger("asyncload.layers")
 _FEEDS: Final = 2  # layers that are fetched at a time: while one arrives, the next is read
-
-
-@dataclass(frozen=True, slots=True)
-class Fed:
-    """What was enqueued for a layer: events behind all of it, and, by copy stream, those around each of its copies."""
-
-    arrived: Sequence[Event] = ()
-    copies: Sequence[Sequence[tuple[Event, Event]]] = ()
 
 
 # Enqueues a layer's way into a slot, behind the slot's events, which it replaces by those behind what it enqueued, also
@@ -44,77 +34,11 @@ class Fed:
 Feed = Callable[[LayerPlan, Slot], Awaitable[Fed]]
 
 
-class Work:
-    """What the rides do with a layer during one sweep, as events on their streams."""
-
-    def __init__(self) -> None:
-        self.ready: Event | None = None  # when the first ride's stream had come to it
-        self.began: Event | None = None  # before that ride's work, behind the layer's arrival
-        self.ended: list[Event] = []  # behind the rides' work
-        self.untimed = False  # some of it was on no stream
-
-    def begin(self, ready: Event, began: Event) -> None:
-        """Keeps the first ride's events."""
-        if self.began is None:
-            self.ready, self.began = ready, began
-
-
-class Use(Work):
-    """A layer's stay in a slot during one sweep."""
-
-    def __init__(self, layer: LayerPlan, sweep: Sweep) -> None:
-        super().__init__()
-        self.layer = layer
-        self.sweep = sweep
-        self.slot: Slot | None = None
-        self.before: Use | None = None  # the one that had the slot
-        self.fed: Fed = Fed()
-        self.error: BaseException | None = None
-        self.enqueued = anyio.Event()  # its copies are, or it has failed
-        self.finished: set[Ride] = set()
-        self.inside: dict[Ride, Stream | None] = {}  # with the stream that each works on
-        self.watched = False
-        self.released = anyio.Event()  # all that ended is recorded
-        self.over = anyio.Event()  # and has passed
-
-
-class Sweep:
-    """One pass over all layers, for the rides that had joined when the first of them began."""
-
-    def __init__(self, layers: Sequence[LayerPlan]) -> None:
-        self._layers = layers
-        self.rides: set[Ride] = set()
-        self.started = anyio.Event()
-        self.failed = False
-        self.passed = False  # by at least one ride, to its end
-        self.uses = [Use(layer, self) for layer in layers]
-        self.resident: defaultdict[int, Work] = defaultdict(Work)  # on layers that are in no slot, by number
-
-    @cached_property
-    def next(self) -> Sweep:
-        """The one after it."""
-        return Sweep(self._layers)
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether nobody is left in it."""
-        return self.started.is_set() and not self.rides
-
-
-@dataclass(eq=False, slots=True)
-class Ride:
-    """A consumer's place: its sweep, and how many of the sweep's layers it has been given."""
-
-    sweep: Sweep
-    position: int = 0
-    error: BaseException | None = None  # why it lost its place
-
-
 class Scheduler:
     """Brings layers into slots, sweep after sweep, ahead of the rides; ``run`` is its one task.
 
-    ``settle`` waits for events, ``record`` records one, both off the loop. A ride that has not finished a use
-    ``stall_limit`` seconds after another has loses its place with ``StalledError``.
+    ``settle`` waits for events, ``record`` records one, both off the loop. A ride that keeps a use for ``stall_limit``
+    seconds while any ride waits for its slot loses its place with ``StalledError``.
     """
 
     def __init__(
@@ -130,12 +54,15 @@ class Scheduler:
         self._layers = layers
         self._slots = slots
         self._feed = feed
-        self.settle = settle
+        self._settle = settle
         self._record = record
         self._rides: set[Ride] = set()
         self._feeding = anyio.Semaphore(_FEEDS)
         self._stall_limit = stall_limit
         self._last: dict[Slot, Use] = {}
+        self._kept: Use | None = None  # whose slot is to be filled next
+        self._blocks: set[tuple[Ride, Work]] = set()  # that rides are inside of
+        self._vacant = anyio.Event()  # after the end there is none
         self._next = Sweep(layers)  # that rides can join
         self._begin: Sweep | None = self._next  # where ``run`` begins
         self._group: TaskGroup | None = None
@@ -154,8 +81,8 @@ class Scheduler:
                 while True:
                     await self._fetch(sweep, slots)
                     await sweep.started.wait()
-                    failed, sweep = sweep.failed, sweep.next
-                    if failed:  # not again before somebody asks
+                    failed, sweep = sweep.error, sweep.next
+                    if failed is not None:  # not again before somebody asks
                         await sweep.started.wait()
             finally:
                 self._group = None
@@ -165,10 +92,13 @@ class Scheduler:
         for use in sweep.uses:
             slot = next(slots)
             before = self._last.get(slot)
-            if before is not None:
+            if before is not None and not before.released.is_set():
+                self._kept = before
+                self._watch_kept()
                 await before.released.wait()
+                self._kept = None
             await self._feeding.acquire()
-            if sweep.abandoned or sweep.failed:
+            if sweep.abandoned or sweep.error is not None:
                 self._feeding.release()
                 break
             use.slot, use.before = slot, before
@@ -180,29 +110,33 @@ class Scheduler:
         try:
             use.fed = await self._feed(use.layer, use.slot)
         except Exception as error:  # noqa: BLE001 - the rides raise it
-            use.error = error
-            use.sweep.failed = True
-            for later in use.sweep.uses:  # that nobody fetches any more
-                if later.slot is None:
-                    later.error = error
-                    later.enqueued.set()
+            self._fail(use.sweep, error)
         finally:
             self._feeding.release()
             use.enqueued.set()
         self._check(use)
+        try:
+            await self.settle(use.fed.arrived)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(use.sweep, error)
+        use.arrived.set()
+
+    @staticmethod
+    def _fail(sweep: Sweep, error: Exception) -> None:
+        """Has the rides of a sweep raise an error at their next step."""
+        sweep.error = sweep.error or error
+        for use in sweep.uses:
+            if use.slot is None:
+                use.enqueued.set()
 
     def _check(self, use: Use) -> None:
         """Releases a use that nobody will use any more."""
         if use.released.is_set() or use.slot is None or not use.enqueued.is_set() or not use.sweep.started.is_set():
             return
-        waited_for = (use.sweep.rides - use.finished) | use.inside.keys()
-        if not waited_for:
+        if not use.keepers:
             use.slot.busy = [*use.slot.busy, *use.ended]
             use.released.set()
             self._start(self._await_end, use)
-        elif use.finished and not use.watched:
-            use.watched = True
-            self._start(self._watch, use)
 
     def _start(self, function: Callable[[Use], Coroutine[object, object, None]], use: Use) -> None:
         if self._group is not None and not self._closed:
@@ -222,24 +156,49 @@ class Scheduler:
         use.over.set()
         use.before = None
 
+    def _watch_kept(self) -> None:
+        """Has the use watched whose slot is to be filled next, if there is a ride for whom."""
+        use = self._kept
+        if use is not None and not use.watched and self._starved:
+            use.watched = True
+            self._start(self._watch, use)
+
+    @property
+    def _starved(self) -> bool:
+        """Whether a ride waits for a layer that is not being fetched."""
+        return any(ride.awaited is not None and ride.awaited.slot is None for ride in self._rides)
+
     async def _watch(self, use: Use) -> None:
-        """Leaves those behind that have not finished a use in time after another ride has."""
+        """Leaves those behind that have not finished a use in time."""
         with anyio.move_on_after(self._stall_limit):
             await use.released.wait()
             return
-        for ride in (use.sweep.rides - use.finished) | use.inside.keys():
-            limit = f"{self._stall_limit:g} seconds"
-            error = StalledError(f"layer {use.layer.number} was kept for {limit} after another had finished with it")
-            await self._leave_behind(ride, use, error)
+        use.watched = False
+        if self._starved:
+            for ride in use.keepers:
+                await self._leave_behind(ride, use)
 
-    async def _leave_behind(self, ride: Ride, use: Use, error: StalledError) -> None:
+    async def _leave_behind(self, ride: Ride, use: Use) -> None:
         """Takes a ride's place; what it has enqueued until now is still waited for."""
+        if ride not in use.keepers:  # any more
+            return
         if (stream := use.inside.get(ride)) is not None:
-            ended = await self._record(stream)
-            if use.inside.pop(ride, None) is not None:
-                use.ended.append(ended)
-        self.leave(ride, error)
+            try:
+                ended = await self._record(stream)
+            except Exception as failure:  # noqa: BLE001 - nothing says when its work has ended, but the block's end
+                _log.warning("work on layer %d cannot be waited for: %s", use.layer.number, failure)
+            else:
+                if use.inside.pop(ride, None) is not None:
+                    use.ended.append(ended)
+        limit = f"{self._stall_limit:g} seconds"
+        message = f"layer {use.layer.number} was kept for {limit} while a ride waited for its slot"
+        self.leave(ride, StalledError(message))
         self._check(use)  # the ride may have left before, for another layer that it kept
+
+    async def settle(self, events: Sequence[Event]) -> None:
+        """Waits until events have passed; raises ``DeviceError`` if work before one failed."""
+        if events:
+            await self._settle(events)
 
     # The rides: on the event loop, from any task
 
@@ -254,70 +213,97 @@ class Scheduler:
     async def step(self, ride: Ride, *, arrived: bool = False) -> Use | None:
         """The use of the ride's next layer, once its copies are enqueued and the use before it in the slot is over.
 
-        ``arrived`` waits for the copies' end, too. None at the end of the sweep; the ride is in the next one then.
-        Raises what fetching the layer has raised, ``StalledError`` for a ride that was left behind, ``ClosedError``
-        after the end. Where it is cancelled, the next step gives the same layer.
+        ``arrived`` waits for the copies' end, too. None at the end of the sweep, when all its copies have ended; the
+        ride is in the next one then. Raises what fetching any of the sweep's layers has raised, ``StalledError`` for a
+        ride that was left behind, ``ClosedError`` after the end. Where it is cancelled, the next step gives the same
+        layer.
         """
         self.check(ride)
-        if not ride.sweep.started.is_set():
-            self._start_sweep(ride.sweep)
-        if ride.position == len(ride.sweep.uses):
-            ride.sweep.passed = True
+        sweep, use = ride.sweep, None
+        if not sweep.started.is_set():
+            self._start_sweep(sweep)
+        if ride.position < len(sweep.uses):
+            use = sweep.uses[ride.position]
+        scope = ride.waiting = anyio.CancelScope()  # which the ride's end cancels
+        try:
+            with scope:
+                if use is None:
+                    await self._await_arrivals(sweep)
+                else:
+                    await self._await_use(ride, use, arrived=arrived)
+        finally:
+            ride.waiting = ride.awaited = None
+        self.check_sweep(ride)
+        if use is None:
+            sweep.passed = True
             self._change(ride)
-            return None
-        use = ride.sweep.uses[ride.position]
-        await use.enqueued.wait()
-        if use.error is None and use.before is not None:
-            await use.before.over.wait()
-        if use.error is None and arrived:
-            await self._await_arrival(use)
-        self.check(ride)
-        if use.error is not None:
-            self._change(ride)
-            raise use.error
-        ride.position += 1
+        else:
+            ride.position += 1
         return use
 
-    async def _await_arrival(self, use: Use) -> None:
-        try:
-            await self.settle(use.fed.arrived)
-        except Exception as error:  # noqa: BLE001 - the rides raise it
-            use.error = use.error or error
+    async def _await_use(self, ride: Ride, use: Use, *, arrived: bool) -> None:
+        if not use.enqueued.is_set():
+            ride.awaited = use
+            self._watch_kept()
+        await use.enqueued.wait()
+        if use.sweep.error is None and use.before is not None:
+            await use.before.over.wait()
+        if use.sweep.error is None and arrived:
+            await use.arrived.wait()
 
-    def enter(self, ride: Ride, use: Use, stream: Stream | None) -> None:
+    async def _await_arrivals(self, sweep: Sweep) -> None:
+        for use in sweep.uses:
+            if sweep.error is None and not use.arrived.is_set():
+                await use.arrived.wait()
+
+    def enter(self, ride: Ride, work: Work, stream: Stream | None) -> None:
         """A ride begins to use a layer on a stream, or on the host."""
         self.check(ride)
-        if ride in use.finished or ride in use.inside or use.released.is_set():
-            raise ClosedError(f"layer {use.layer.number} has been used")
-        use.inside[ride] = stream
+        if isinstance(work, Use):
+            if ride in work.finished or ride in work.inside or work.released.is_set():
+                raise ClosedError(f"layer {work.layer.number} has been used")
+            work.inside[ride] = stream
+        self._blocks.add((ride, work))
 
-    def finish(self, ride: Ride, use: Use, ended: Event | None = None) -> None:
-        """A ride's work on a use has been enqueued, with an event behind it; or it does none."""
-        use.finished.add(ride)
-        if use.inside.pop(ride, None) is not None and ended is not None:
-            use.ended.append(ended)
-        self._check(use)
+    def finish(self, ride: Ride, work: Work, ended: Event | None = None) -> None:
+        """A ride's work on a layer has been enqueued, with an event behind it; or it does none."""
+        if isinstance(work, Use):
+            work.finished.add(ride)
+            if work.inside.pop(ride, None) is None:
+                ended = None  # the ride was left behind, and an event recorded then
+        if ended is not None:
+            work.ended.append(ended)
+        if isinstance(work, Use):
+            self._check(work)
+        self._blocks.discard((ride, work))
+        if self._closed and not self._blocks:
+            self._vacant.set()
 
     def leave(self, ride: Ride, error: BaseException | None = None) -> None:
         """A ride gives its place up, or loses it; a use that it is inside of stays its until it has finished that."""
         if ride.error is None:
             ride.error = error or ClosedError("this ride has ended")
+        if ride.waiting is not None:
+            ride.waiting.cancel()
         self._rides.discard(ride)
         self._withdraw(ride, sweep := ride.sweep)
         while sweep.started.is_set():  # rides that are ahead of this one may have begun later ones, with it
             self._withdraw(ride, sweep := sweep.next)
         ride.sweep = Sweep(())  # a sweep holds those after it: who keeps the ride keeps none
 
-    def close(self) -> None:
-        """Ends all rides; what waits in them is woken."""
+    async def close(self) -> None:
+        """Ends all rides, waking those that wait, and waits for the blocks that they are inside of.
+
+        It waits for ``stall_limit`` seconds at most: what such a block uses is held until it ends.
+        """
         self._closed = True
         for ride in list(self._rides):
-            for use in ride.sweep.uses:
-                use.error = use.error or ClosedError("the layer stream has been closed")
-                use.enqueued.set()
-                if use.before is not None:
-                    use.before.over.set()
             self.leave(ride, ClosedError("the layer stream has been closed"))
+        if self._blocks:
+            with anyio.move_on_after(self._stall_limit):
+                await self._vacant.wait()
+        if self._blocks:
+            _log.warning("a layer stream was closed while %d blocks used its layers", len(self._blocks))
 
     def _start_sweep(self, sweep: Sweep) -> None:
         sweep.started.set()
@@ -345,3 +331,13 @@ class Scheduler:
         if ride.error is not None:
             raise ride.error
         self._check_open()
+
+    def check_sweep(self, ride: Ride) -> None:
+        """Raises also why a ride's sweep cannot be passed any more; the ride is in the next one then."""
+        self.check(ride)
+        if (error := ride.sweep.error) is not None:
+            self._change(ride)
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame

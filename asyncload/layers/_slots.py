@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Final
 
 from asyncload.device import DeviceMemory, Event
+from asyncload.errors import ClosedError
 from asyncload.memory import Allocation
 
 __all__ = ["Slot"]
 
 
-@dataclass(eq=False, slots=True)
 class Slot:
     """Device memory that layers pass through; ``busy``: what must have passed before it is written again."""
 
-    index: int
-    allocation: Allocation
-    busy: list[Event] = field(default_factory=list[Event])
+    def __init__(self, index: int, allocation: Allocation) -> None:
+        self.index: Final = index
+        self.memory: Final[DeviceMemory] = allocation.memory
+        self.busy: list[Event] = []
+        self._allocation: Allocation | None = allocation
 
     @property
-    def memory(self) -> DeviceMemory:
-        """Its range."""
-        return self.allocation.memory
+    def allocation(self) -> Allocation:
+        """What owns the memory; raises ``ClosedError`` when closed."""
+        if self._allocation is None:
+            raise ClosedError(f"slot {self.index} has been closed, with its layer stream")
+        return self._allocation
+
+    def close(self) -> None:
+        """Lets the memory go; the tensors of a layer that is in use hold it until they are closed."""
+        self._allocation = None

@@ -9,7 +9,7 @@ from itertools import chain
 
 from asyncload.device import Event
 from asyncload.errors import PlanError
-from asyncload.layers._scheduler import Sweep, Use
+from asyncload.layers._sweep import Sweep, Use
 from asyncload.pipeline import ThreadSpan
 
 __all__ = ["LayerRecord", "LayerTiming", "PassStats", "Span", "lower_bound", "measure_pass", "record_pass"]

@@ -72,8 +72,8 @@ class LayerRide:
     async def __anext__(self) -> Layer:
         """Gives a layer back that was never used, and waits until the next one's copies are enqueued.
 
-        Raises what fetching the layer has raised, ``StalledError`` if the ride was left behind, ``ClosedError`` after
-        the end.
+        Raises what reading or copying any of the sweep's layers has raised, at the sweep's end at the latest; the ride
+        is in the next sweep then. Raises ``StalledError`` if it was left behind, ``ClosedError`` after the end.
         """
         try:
             return await self._step()
@@ -96,7 +96,7 @@ class LayerRide:
         if number is None or number not in layers.resident:
             use = await layers.scheduler.step(self._ride, arrived=layers.wait_for_arrival)
         else:
-            layers.scheduler.check(self._ride)
+            layers.scheduler.check_sweep(self._ride)
         if number is None:
             raise StopAsyncIteration
         self._position += 1
@@ -228,8 +228,8 @@ class LayerStream:
             stack.callback(model.close)
             if plan.breakdown["scratch"]:  # of that load, before the layers have theirs
                 await engine.callers.run(engine.tracker.flush)
-            # The work in each slot may be waited for, and arrivals beside it.
-            waiters = Threads(plan.slots + 1, "asyncload-layers-wait", nice=engine.options.nice)
+            # In each slot the work on a layer may be waited for, and the next one's arrival; and a pass's end.
+            waiters = Threads(2 * plan.slots + 1, "asyncload-layers-wait", nice=engine.options.nice)
             stack.push_async_callback(engine.callers.run, waiters.close)
             slots = _SlotList()
             stack.callback(slots.clear)
@@ -341,7 +341,11 @@ class LayerStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        """Ends all rides, waits for what is under way on the device, and frees everything."""
+        """Ends all rides, waits for what is under way on the device, and frees everything.
+
+        Blocks of ``Layer.on`` in other tasks are waited for, ``Options.stall_limit`` seconds at most; what one uses is
+        freed when it ends.
+        """
         self._layers = None
         return await self._stack.__aexit__(kind, error, trace)
 
@@ -358,7 +362,7 @@ class _SlotList:
 
     def clear(self) -> None:
         for slot in self.items:
-            slot.allocation.close()
+            slot.close()
 
 
 def _synchronize(engine: Engine, events: Sequence[Event]) -> None:
@@ -396,6 +400,8 @@ def _available_memory() -> int:
 
 async def _leave(group: TaskGroup, scheduler: Scheduler, *_: object) -> None:
     """Ends the rides and the fetching; the body's exception goes on as it is, in no group."""
-    scheduler.close()
-    group.cancel_scope.cancel()
-    await group.__aexit__(None, None, None)
+    try:
+        await scheduler.close()
+    finally:
+        group.cancel_scope.cancel()
+        await group.__aexit__(None, None, None)

@@ -223,7 +223,8 @@ class LayerConformance(ABC):
     async def _the_same_afterwards(self, loader: Loader) -> AsyncGenerator[None]:
         before = await run_in_thread(self.in_use, loader)
         yield
-        assert await run_in_thread(self.in_use, loader) == before
+        after = await run_in_thread(self.in_use, loader)
+        assert after == before, f"{after}, not {before}"
         found = await run_in_thread(loader.tracker.reconcile)
         assert found.within, found
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
@@ -11,7 +14,7 @@ import anyio
 import pytest
 
 from asyncload.loader import Loader
-from asyncload.testing import LayerConformance, LayerRig, SleepingKernel, Wait, cuda_rig, differences
+from asyncload.testing import LayerConformance, LayerRig, SleepingKernel, Wait, cuda_rig, differences, write_layers
 from asyncload.threads import run_in_thread
 from tests.layers.models import SMALL, layers_only, make_model, open_stream
 
@@ -66,6 +69,44 @@ async def test_as_many_layers_as_slots_are_handed_out_while_work_is_under_way(
         async for layer in ride:
             consumer.use(layer)
         assert not differences(await run_in_thread(consumer.take), expected)
+
+
+# An error of the device's work takes the whole process's context, so it needs one of its own.
+BROKEN = """
+import asyncio, ctypes, sys
+from asyncload.errors import DeviceError
+from asyncload.loader import Loader
+from asyncload.testing import SleepingKernel
+
+async def main():
+    kernel = SleepingKernel()
+    stream = kernel.stream()
+    async with Loader("cuda:0") as loader:
+        async with loader.stream(sys.argv[1], allow=["stream"], workspace=0, kv_bytes=0) as layers:
+            for sweep in range(100):
+                async for layer in layers:
+                    with layer.on(stream):
+                        if (sweep, layer.number) == (1, 2):
+                            kernel._launch(stream, ctypes.addressof(kernel._words), 0, (8, 8, 1))
+
+try:
+    asyncio.run(main())
+except DeviceError as error:
+    print(type(error).__name__, error.code)
+"""
+
+
+def test_work_that_breaks_the_device_ends_in_its_error(tmp_path: Path) -> None:
+    write_layers(tmp_path / "model.gguf", 5)
+    ended = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(tmp_path / "model.gguf")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env={**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))},
+    )
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in ended.stdout
 
 
 @pytest.mark.anyio

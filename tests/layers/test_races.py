@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.layers.models import SMALL
 
 class TestHostLayers(LayerConformance):
     def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
-        return host_rig(SMALL, lost=lost)
+        return host_rig(replace(SMALL, decode="device"), lost=lost)
 
     def in_use(self, loader: Loader) -> Sequence[object]:
         return [*super().in_use(loader), loader._active().idle]

@@ -1,0 +1,97 @@
+"""Passes over all layers, and who is where in them; the scheduler moves them on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import anyio
+
+from asyncload.device import Event, Stream
+from asyncload.layers._slots import Slot
+from asyncload.plan import LayerPlan
+
+__all__ = ["Fed", "Ride", "Sweep", "Use", "Work"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What was enqueued for a layer: events behind all of it, and, by copy stream, those around each of its copies."""
+
+    arrived: Sequence[Event] = ()
+    copies: Sequence[Sequence[tuple[Event, Event]]] = ()
+
+
+class Work:
+    """What the rides do with a layer during one sweep, as events on their streams."""
+
+    def __init__(self) -> None:
+        self.ready: Event | None = None  # when the first ride's stream had come to it
+        self.began: Event | None = None  # before that ride's work, behind the layer's arrival
+        self.ended: list[Event] = []  # behind the rides' work
+        self.untimed = False  # some of it was on no stream
+
+    def begin(self, ready: Event, began: Event) -> None:
+        """Keeps the first ride's events."""
+        if self.began is None:
+            self.ready, self.began = ready, began
+
+
+class Use(Work):
+    """A layer's stay in a slot during one sweep."""
+
+    def __init__(self, layer: LayerPlan, sweep: Sweep) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sweep = sweep
+        self.slot: Slot | None = None
+        self.before: Use | None = None  # the one that had the slot
+        self.fed: Fed = Fed()
+        self.enqueued = anyio.Event()  # its copies are, or nobody fetches it any more
+        self.arrived = anyio.Event()  # they have ended, however
+        self.finished: set[Ride] = set()
+        self.inside: dict[Ride, Stream | None] = {}  # with the stream that each works on
+        self.watched = False
+        self.released = anyio.Event()  # all that ended is recorded
+        self.over = anyio.Event()  # and has passed
+
+    @property
+    def keepers(self) -> set[Ride]:
+        """The rides for which the slot is kept."""
+        return (self.sweep.rides - self.finished) | self.inside.keys()
+
+
+class Sweep:
+    """One pass over all layers, for the rides that had joined when the first of them began."""
+
+    def __init__(self, layers: Sequence[LayerPlan]) -> None:
+        self._layers = layers
+        self.rides: set[Ride] = set()
+        self.started = anyio.Event()
+        self.error: BaseException | None = None  # why it cannot be passed any more
+        self.passed = False  # by at least one ride, to its end
+        self.uses = [Use(layer, self) for layer in layers]
+        self.resident: defaultdict[int, Work] = defaultdict(Work)  # on layers that are in no slot, by number
+
+    @cached_property
+    def next(self) -> Sweep:
+        """The one after it."""
+        return Sweep(self._layers)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody is left in it."""
+        return self.started.is_set() and not self.rides
+
+
+@dataclass(eq=False, slots=True)
+class Ride:
+    """A consumer's place: its sweep, and how many of the sweep's layers it has been given."""
+
+    sweep: Sweep
+    position: int = 0
+    error: BaseException | None = None  # why it lost its place
+    awaited: Use | None = None  # what it waits for
+    waiting: anyio.CancelScope | None = None  # ends the wait

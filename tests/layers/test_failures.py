@@ -1,0 +1,329 @@
+"""Copies that fail under work on streams, rides that are in the way, and a stream that is closed under its users."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncload.device import HostDevice, Stream
+from asyncload.errors import ClosedError, CopyError, StalledError
+from asyncload.layers import Fed, Layer, Slot
+from asyncload.loader import LayerRide, LayerStream, Loader
+from asyncload.memory import Purpose
+from asyncload.plan import LayerPlan
+from asyncload.testing import RaceDevice
+from asyncload.threads import run_in_thread
+from tests.layers.models import SMALL, Content, finish, layers_only, open_stream
+
+pytestmark = pytest.mark.anyio
+Six = tuple[Path, Content]
+PATIENCE = 20.0  # seconds; it matters only where something hangs
+IMPATIENT = replace(SMALL, stall_limit=0.05)
+COPIES = 7  # of a stream whose layers are copied as they are: what stays, and six layers
+packed = {"dtype": "packed", "host": "slabs"}
+
+
+class Gpu:
+    """A host device that stands for a GPU, whose copies can be caught as they are enqueued; and a consumer on it."""
+
+    def __init__(self) -> None:
+        self.host = HostDevice(poison=True)
+        self.device = RaceDevice(self.host, before_copy=self._count)
+        self.copies = 0
+        self.catch: dict[int, Callable[[Any], object]] = {}  # by the number of the copy, from 1 on
+        self.stream = self.host.stream()
+        self.seen: Content = {}
+
+    def _count(self, stream: Stream) -> None:
+        self.copies += 1
+        if self.copies in self.catch:
+            self.catch[self.copies](stream)
+
+    def fail(self, copy: int, **how: Any) -> None:
+        self.catch[copy] = lambda _: self.host.fail_upload(1, **how)
+
+    def read(self, name: str, address: int, nbytes: int) -> None:
+        """Enqueues it."""
+
+        def read() -> None:
+            self.seen[name] = ctypes.string_at(address, nbytes)
+
+        self.stream.call(read)
+
+    def use(self, layer: Layer) -> None:
+        with layer.on(self.stream):
+            for tensor in layer.values():
+                self.read(tensor.name, tensor.address, tensor.nbytes)
+
+    async def sweep(self, layers: LayerStream | LayerRide) -> Content:
+        self.seen.clear()
+        async for layer in layers:
+            self.use(layer)
+        await run_in_thread(finish, self.host, self.stream)
+        return dict(self.seen)
+
+
+@pytest.fixture
+def gpu() -> Gpu:
+    return Gpu()
+
+
+@pytest.fixture(scope="session")
+def content(six_layers: Six) -> Content:
+    """What the layers are, packed."""
+    from asyncload import blocking
+
+    model = blocking.load(six_layers[0], device="host")
+    return layers_only({name: tensor.numpy().tobytes() for name, tensor in model.items()})
+
+
+# Copies
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("slots", [1, 2, 6])
+@pytest.mark.parametrize("failing", [0, 3, 5])
+async def test_a_copy_that_fails_on_its_way_reaches_all_rides_within_the_sweep(
+    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, *, failing: int, slots: int, count: int
+) -> None:
+    gpu.fail(2 + failing)
+    async with (
+        Loader(gpu.device, options=SMALL) as loader,
+        nothing_left(loader),
+        open_stream(loader, six_layers[0], slots=slots, **packed) as layers,
+    ):
+        given: list[int] = []
+
+        async def consume(ride: LayerRide) -> None:
+            with pytest.raises(CopyError):
+                async for layer in ride:
+                    gpu.use(layer)
+                    given.append(layer.number)
+
+        rides = [layers.join() for _ in range(count)]
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as group:
+                for ride in rides:
+                    group.start_soon(consume, ride)
+            assert max(given, default=0) <= failing + slots
+            for ride in rides[1:]:
+                ride.close()
+            for _ in range(2):
+                assert await gpu.sweep(rides[0]) == content
+
+
+async def test_a_sweep_does_not_end_before_its_last_copy(six_layers: Six, content: Content, gpu: Gpu) -> None:
+    holds: list[Any] = []
+    gpu.catch[COPIES] = lambda stream: holds.append(stream.hold())
+    async with (
+        Loader(gpu.device, options=SMALL) as loader,
+        open_stream(loader, six_layers[0], slots=6, **packed) as layers,
+    ):
+        ride = layers.join()
+        for number in range(6):
+            layer = await anext(ride)
+            assert layer.number == number
+            gpu.use(layer)
+        try:
+            with anyio.move_on_after(0.05) as scope:
+                await ride.__anext__()
+            assert scope.cancelled_caught
+        finally:
+            for hold in holds:
+                hold.set()
+        with anyio.fail_after(PATIENCE):
+            with pytest.raises(StopAsyncIteration):
+                await ride.__anext__()
+            assert await gpu.sweep(ride) == content
+
+
+async def test_a_copy_that_failed_is_told_before_a_layer_that_stays(
+    six_layers: Six, content: Content, gpu: Gpu
+) -> None:
+    holds: list[Any] = []
+
+    def fail(stream: Any) -> None:
+        holds.append(stream.hold())
+        gpu.host.fail_upload(1)
+
+    async with Loader(gpu.device, options=SMALL) as loader:
+        async with open_stream(loader, six_layers[0], **packed) as layers:
+            room = max(layer.nbytes for layer in layers.plan.layers.values())
+            free = layers.plan.total + room
+        async with open_stream(loader, six_layers[0], allow=["hybrid"], free=free, margin=0, **packed) as layers:
+            assert layers.plan.resident == (1, 4)
+            scheduler, ride = layers._active().scheduler, layers.join()
+            feed, one = scheduler._feed, anyio.Lock()
+
+            async def watched(layer: LayerPlan, slot: Slot) -> Fed:
+                async with one:
+                    if layer.number == 3 and not holds:
+                        gpu.catch[gpu.copies + 1] = fail
+                    return await feed(layer, slot)
+
+            scheduler._feed = watched
+            with anyio.fail_after(PATIENCE):
+                try:
+                    for number in range(4):
+                        layer = await anext(ride)
+                        assert layer.number == number
+                        gpu.use(layer)
+                finally:
+                    for hold in holds:
+                        hold.set()
+                while ride._ride.sweep.error is None:
+                    await anyio.sleep(0.001)
+                with pytest.raises(CopyError):
+                    await anext(ride)
+                assert await gpu.sweep(ride) == content
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_an_error_that_lasts_is_raised_in_each_sweep_and_nothing_hangs_or_stays(
+    six_layers: Six, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, *, refused: bool
+) -> None:
+    made: list[Any] = []
+    staging = gpu.device.staging
+
+    def watched(nbytes: int) -> Any:
+        made.append(staging(nbytes))
+        return made[-1]
+
+    monkeypatch.setattr(gpu.device, "staging", watched)
+    gpu.fail(5, refused=refused, lasting=True)
+    with anyio.fail_after(PATIENCE), pytest.raises(CopyError):
+        async with (
+            Loader(gpu.device, options=SMALL) as loader,
+            open_stream(loader, six_layers[0], **packed) as layers,
+        ):
+            ride = layers.join()
+            for _ in range(3):
+                with pytest.raises(CopyError):
+                    await gpu.sweep(ride)
+    assert gpu.host.memory().free == gpu.host.info.total_bytes
+    assert len(made) > len(layers_only(six_layers[1])) / 2  # the slabs, a layer each
+    assert all(memory._pages is None for memory in made)
+
+
+# Rides in the way
+
+
+@pytest.mark.parametrize("where", ["between", "with a layer", "inside"])
+async def test_a_ride_that_idles_alone_is_left_behind_for_those_that_wait(
+    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, where: str
+) -> None:
+    async with (
+        Loader(gpu.device, options=IMPATIENT) as loader,
+        nothing_left(loader),
+        open_stream(loader, six_layers[0], **packed) as layers,
+    ):
+        idle, swept = layers.join(), anyio.Event()
+
+        async def stall() -> None:
+            gpu.use(await anext(idle))
+            kept = await anext(idle) if where != "between" else None
+            if kept is not None and where == "inside":
+                with kept.on(gpu.stream):
+                    await swept.wait()
+            await swept.wait()
+            with pytest.raises(StalledError):
+                await anext(idle)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(stall)
+            await anyio.wait_all_tasks_blocked()
+            with anyio.fail_after(PATIENCE):
+                later = layers.join()
+                for _ in range(2):
+                    assert await gpu.sweep(later) == content
+            swept.set()
+
+
+# The end
+
+
+class User:
+    """Another task inside of a layer's block, and what it finds there after the stream has been closed."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self.inside = anyio.Event()
+        self.go_on = anyio.Event()
+        self.left = False
+        self.slot_nbytes = 0
+
+    async def work(self, layers: LayerStream) -> None:
+        ride, self.slot_nbytes = layers.join(), layers.plan.slot_nbytes
+        layer = await anext(ride)
+        with layer.on(self._gpu.stream):
+            self.inside.set()
+            with anyio.fail_after(PATIENCE, shield=True):
+                await self.go_on.wait()
+            for tensor in layer.values():
+                self._gpu.read(tensor.name, tensor.address, tensor.nbytes)
+            self.left = True
+        with pytest.raises(ClosedError):
+            await anext(ride)
+
+
+def first(content: Content) -> Content:
+    return {name: data for name, data in content.items() if name.startswith("blk.0.")}
+
+
+@pytest.mark.parametrize("allow", ["full", "stream"])
+async def test_closing_waits_for_the_blocks_of_other_tasks(
+    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, allow: str
+) -> None:
+    user = User(gpu)
+
+    async def end() -> None:
+        await anyio.wait_all_tasks_blocked()
+        user.go_on.set()
+
+    async with Loader(gpu.device, options=SMALL) as loader, nothing_left(loader):
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as group:
+                async with open_stream(loader, six_layers[0], allow=[allow], **packed) as layers:
+                    group.start_soon(user.work, layers)
+                    await user.inside.wait()
+                    group.start_soon(end)
+                assert user.left
+        await run_in_thread(finish, gpu.host, gpu.stream)
+        assert gpu.seen == first(content)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("allow", ["full", "stream"])
+async def test_what_a_block_uses_outlives_the_stream(
+    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, allow: str, *, cancelled: bool
+) -> None:
+    """Where the block takes too long, and where whoever closes is cancelled."""
+    options = replace(SMALL, stall_limit=PATIENCE) if cancelled else IMPATIENT
+    user = User(gpu)
+    async with Loader(gpu.device, options=options) as loader, nothing_left(loader):
+        async with anyio.create_task_group() as group:
+            with anyio.CancelScope() as scope:
+                async with open_stream(loader, six_layers[0], allow=[allow], **packed) as layers:
+                    group.start_soon(user.work, layers)
+                    with anyio.fail_after(PATIENCE):
+                        await user.inside.wait()
+                    if cancelled:
+                        scope.cancel()
+            assert not user.left
+            await run_in_thread(loader.tracker.flush)
+            held = loader.tracker.by_purpose()
+            if allow == "stream":
+                assert held == {Purpose.SLOTS: user.slot_nbytes}
+            else:
+                assert list(held) == [Purpose.WEIGHTS]
+            user.go_on.set()
+        await run_in_thread(finish, gpu.host, gpu.stream)
+        await run_in_thread(loader.tracker.flush)
+        assert loader.tracker.total == 0
+    assert gpu.seen == first(content)
