@@ -54,8 +54,29 @@ class Driver:
     def version(self) -> int:
         """The latest version of CUDA that it knows: 13000 is 13.0."""
 
+class Event:
+    """A point in a stream's work."""
+
+    def done(self) -> bool:
+        """
+        Whether the work before it has ended; raises DeviceError if that failed.
+        """
+
+    def synchronize(self) -> None:
+        """Sleeps until it has; raises DeviceError if it failed."""
+
+    def seconds_since(self, earlier: Event) -> float:
+        """The time between two that have passed, in seconds."""
+
+    @property
+    def handle(self) -> int:
+        """What other libraries know it by; 0 on the host."""
+
 class Device:
     """A device's operations, as the engine asks for them."""
+
+    def adopt_event(self, handle: int) -> Event:
+        """Somebody else's event, as long as its owner keeps it."""
 
 class CudaDevice(Device):
     """A CUDA device, in its primary context."""
@@ -321,3 +342,57 @@ class Engine:
 
     def close(self) -> None:
         """Ends all jobs and the threads; blocks."""
+
+class Ticket:
+    """What was done of what a feed was asked."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def failure(self) -> str | None:
+        """What the device said, if it failed."""
+
+    @property
+    def code(self) -> str: ...
+
+class Feeding:
+    """A layer that is being brought into a slot."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def begun(self) -> list[Event]:
+        """Events before its copies, one for each stream."""
+
+    @property
+    def arrived(self) -> list[Event]:
+        """Events behind them."""
+
+class LayerFeed:
+    """Brings layers out of registered host memory into slots."""
+
+    def __init__(self, device: Device, layers: Sequence[Annotated[NDArray[numpy.uint64], dict(shape=(None, 6), order='C', device='cpu', writable=False)]], streams: int, scratch: Sequence[int], waiters: int, nice: int) -> None:
+        """
+        A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of its
+        groups, and blocks, 0 for what is copied as it is.
+        """
+
+    def feed(self, layer: int, slot: int, after: Sequence[Event]) -> Feeding:
+        """
+        Has a layer, by its index, enqueued into the slot at an address behind events.
+        """
+
+    def settle(self, events: Sequence[Event]) -> int:
+        """Has events waited for; the number by which that is told."""
+
+    @property
+    def descriptor(self) -> int:
+        """An eventfd that is readable when something is done."""
+
+    def poll(self) -> list[Ticket]:
+        """What was done since it was last asked."""
+
+    def close(self) -> None:
+        """Waits for what is under way, and ends threads and streams."""
