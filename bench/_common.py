@@ -12,47 +12,72 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 import anyio
 
 from asyncload.cli.text import table
-from asyncload.options import Options
+from asyncload.options import EngineOption, Options
 from asyncload.testing import synthesize
 
-__all__ = ["make_parser", "median_seconds", "model_file", "print_table", "run_async", "write_record"]
+__all__ = [
+    "make_parser",
+    "median_seconds",
+    "model_file",
+    "options_of",
+    "print_table",
+    "run_async",
+    "synthetic_file",
+    "write_record",
+]
 
 T = TypeVar("T")
 
 _PACKAGES: Final = (
     *("asyncload", "numpy", "numba", "gguf", "anyio", "uvloop", "cuda-core"),
-    *("torch", "safetensors", "transformers", "accelerate"),
+    *("torch", "safetensors", "instanttensor", "transformers", "accelerate"),
 )
 
 
-def make_parser(description: str, *, loads: bool = True) -> argparse.ArgumentParser:
-    """The arguments of every benchmark, and those of one that loads a model.
+def make_parser(description: str, *, device: bool = True, loads: bool = True) -> argparse.ArgumentParser:
+    """The arguments of every benchmark, those of one that uses a device, and those of one that loads a model.
 
-    The loader's options come from the environment (``ASYNCLOAD_CHUNK_SIZE``).
+    The loader's options come from the environment (``ASYNCLOAD_CHUNK_SIZE``); ``options_of`` reads both.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="toy size: shows that it works, not how fast")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures with machine, date and commit")
-    if not loads:
-        return parser
-    parser.add_argument("--device", metavar="NAME", help="host or cuda:N (default: the first GPU, else host)")
-    model = parser.add_argument_group("the model (a synthetic one, unless a file is given)")
-    model.add_argument("--file", metavar="FILE", type=Path, help="a GGUF model")
-    model.add_argument("--preset", default="llama-1b", help="llama-1b (default) or llama-8b")
-    model.add_argument("--quant", default="Q4_K_M", help="Q4_K_M (default), Q8_0, Q4_0, BF16, F16 or F32")
-    model.add_argument("--layers", type=int, metavar="N", help="another number of layers than the preset's")
+    if device:
+        parser.add_argument("--device", metavar="NAME", help="host or cuda:N (default: the first GPU, else host)")
+    if loads:
+        parser.add_argument(
+            "--engine", choices=get_args(EngineOption), help="what moves the bytes (default: ASYNCLOAD_ENGINE, or auto)"
+        )
+        model = parser.add_argument_group("the model (a synthetic one, unless a file is given)")
+        model.add_argument("--file", metavar="FILE", type=Path, help="a GGUF model")
+        model.add_argument("--preset", default="llama-1b", help="llama-1b (default) or llama-8b")
+        model.add_argument("--quant", default="Q4_K_M", help="Q4_K_M (default), Q8_0, Q4_0, BF16, F16 or F32")
+        model.add_argument("--layers", type=int, metavar="N", help="another number of layers than the preset's")
     return parser
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """The environment's options, and over them the arguments that are options; ``engine`` is one that is there."""
+    names = ("engine", "nice")
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    options = replace(Options.from_env(), **given)
+    return replace(options, engine=_default_engine()) if options.engine == "auto" else options
+
+
+def _default_engine() -> EngineOption:
+    return "native" if _native_compiler() else "python"
 
 
 @contextmanager
@@ -65,13 +90,15 @@ def model_file(arguments: argparse.Namespace) -> Generator[Path]:
         yield arguments.file
         return
     preset = "tiny" if arguments.quick else arguments.preset
+    with synthetic_file(preset, arguments.quant, layers=arguments.layers) as path:
+        yield path
+
+
+@contextmanager
+def synthetic_file(preset: str, quant: str, **more: Any) -> Generator[Path]:
+    """A model by ``synthesize``, in the page cache; it is removed afterwards."""
     with TemporaryDirectory(prefix="asyncload-bench-") as folder:
-        (path,) = synthesize(
-            Path(folder) / f"{preset}-{arguments.quant}.gguf",
-            preset=preset,
-            quant=arguments.quant,
-            layers=arguments.layers,
-        )
+        (path,) = synthesize(Path(folder) / f"{preset}-{quant}.gguf", preset=preset, quant=quant, **more)
         yield path
 
 
@@ -96,8 +123,11 @@ def print_table(title: str, rows: Iterable[Sequence[object]]) -> None:
     print(f"\n{title}\n{table(lines, align='<' + '>' * (len(lines[0]) - 1))}")
 
 
-def write_record(path: Path | None, benchmark: str, results: Any) -> None:
-    """Writes a benchmark's figures as JSON with everything that is needed to judge them; nothing where path is None."""
+def write_record(path: Path | None, benchmark: str, results: Any, options: Options | None = None) -> None:
+    """Writes a benchmark's figures as JSON with everything that is needed to judge them; nothing where path is None.
+
+    ``options`` are those of the loads (None: the environment's).
+    """
     if path is None:
         return
     record = {
@@ -107,7 +137,7 @@ def write_record(path: Path | None, benchmark: str, results: Any) -> None:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "machine": _machine(),
-        "options": asdict(Options.from_env()),
+        "options": asdict(options or Options.from_env()),
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +160,17 @@ def _machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "native_engine": _native_compiler(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
     }
+
+
+def _native_compiler() -> str | None:
+    """What compiled the native engine, or None where it was not built."""
+    try:
+        return str(import_module("asyncload_native").compiler)
+    except ImportError:
+        return None
 
 
 def _lines(path: str) -> list[str]:

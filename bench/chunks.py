@@ -56,7 +56,7 @@ def measure(device: Device, nbytes: int, chunks: Sequence[int], repeats: int) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = make_parser(__doc__ or "").parse_args(argv)
+    arguments = make_parser(__doc__ or "", loads=False).parse_args(argv)
     nbytes = 4 * _MIB if arguments.quick else 256 * _MIB
     chunks = [size * _MIB for size in ((1, 2) if arguments.quick else (1, 2, 4, 8, 16, 32, 64))]
     device = open_device(arguments.device or default_device())

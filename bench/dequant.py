@@ -61,7 +61,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__ or "", loads=False)
+    parser = make_parser(__doc__ or "", device=False, loads=False)
     parser.add_argument("--types", nargs="+", metavar="TYPE", default=[type_.name for type_ in FAMILIES])
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", type=DType.parse, default=_DTYPES)
     parser.add_argument("--output", metavar="MIB", type=int, default=256, help="size of the decoded output")

@@ -2,7 +2,7 @@
 
 Lateness is what a sleep of 1 ms took beyond that. A loop that nobody holds is late by what the machine itself takes
 (the row "idle"); every blocking call on the loop's thread, and every thread that keeps the interpreter lock, adds to
-it.
+it. With ``--nice 0`` the loader's threads have the loop's priority, else they make way for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import anyio
 
 from asyncload import Loader, Options
 from asyncload.device import DeviceInfo
-from bench._common import make_parser, model_file, print_table, run_async, write_record
+from bench._common import make_parser, model_file, options_of, print_table, run_async, write_record
 
 _PERIOD = 0.001
 
@@ -55,11 +55,11 @@ def percentiles(late: list[float]) -> dict[str, float]:
 
 
 async def measure(
-    file: Path, device: str | None, ticks: int, dtypes: Sequence[str]
+    file: Path, device: str | None, ticks: int, dtypes: Sequence[str], options: Options
 ) -> tuple[DeviceInfo, dict[str, Any]]:
     """Latenesses of an idle loop, then during loads as each of the dtypes."""
     results: dict[str, Any] = {}
-    async with Loader(device, options=Options.from_env()) as loader:
+    async with Loader(device, options=options) as loader:
 
         async def load(dtype: str) -> None:
             (await loader.load(file, dtype=dtype)).close()
@@ -72,24 +72,32 @@ async def measure(
         return loader.device.info, results
 
 
+def late_rows(results: dict[str, Any]) -> list[tuple[object, ...]]:
+    """The results as a table."""
+    return [
+        ("load", "ticks", "p50", "p99", "p99.9", "max"),
+        *(
+            (name, row["ticks"], *(f"{value:.2f}" for value in row["milliseconds"].values()))
+            for name, row in results.items()
+        ),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--ticks", type=int, default=None, help="ticks for each row (default: 10000)")
+    parser.add_argument("--nice", type=int, help="what the loader's threads add to their niceness (default: 10)")
     arguments = parser.parse_args(argv)
+    options = options_of(arguments)
     ticks = arguments.ticks or (50 if arguments.quick else 10_000)
     with model_file(arguments) as file:
-        info, results = run_async(partial(measure, file, arguments.device, ticks, ["packed", "bf16"]))
+        info, results = run_async(partial(measure, file, arguments.device, ticks, ["packed", "bf16"], options))
     print_table(
-        f"lateness of a 1 ms ticker, in milliseconds, while {file.name} is loaded to {info.name}",
-        [
-            ("load", "ticks", "p50", "p99", "p99.9", "max"),
-            *(
-                (name, row["ticks"], *(f"{value:.2f}" for value in row["milliseconds"].values()))
-                for name, row in results.items()
-            ),
-        ],
+        f"lateness of a 1 ms ticker, in milliseconds, while {file.name} is loaded to {info.name} by the "
+        f"{options.engine} engine",
+        late_rows(results),
     )
-    write_record(arguments.json, "latency", {"device": asdict(info), "rows": results})
+    write_record(arguments.json, "latency", {"device": asdict(info), "rows": results}, options)
     return 0
 
 

@@ -28,7 +28,7 @@ from asyncload.gguf import Header
 from asyncload.options import DecodeOption
 from asyncload.pipeline import LoadStats
 from asyncload.quant import DType
-from bench._common import make_parser, model_file, print_table, run_async, write_record
+from bench._common import make_parser, model_file, options_of, print_table, run_async, write_record
 from bench._load_check import Check, check_against_gguf, check_peer
 from bench._peers import PEERS, TRANSFORMERS, missing, peers
 from bench.chunks import copy
@@ -71,9 +71,8 @@ class Row:
         return statistics.median(self.runs)
 
 
-def ways_to_load(dtypes: Sequence[str], places: Sequence[DecodeOption]) -> dict[str, Way]:
-    """The ways by their names: each dtype, decoded in each of the places (by the environment's option, without any)."""
-    options = Options.from_env()
+def ways_to_load(dtypes: Sequence[str], places: Sequence[DecodeOption], options: Options) -> dict[str, Way]:
+    """The ways by their names: each dtype, decoded in each of the places (without any, by the options)."""
     choices = [replace(options, decode=place) for place in places] or [options]
     ways = {f"asyncload, {dtype}": Way(dtype, choices[0]) for dtype in dtypes if dtype == _PACKED}
     for dtype in dtypes:
@@ -170,7 +169,7 @@ def measure(arguments: argparse.Namespace, file: Path, device: str) -> dict[str,
         info = opened.info
     finally:
         opened.close()
-    ways = ways_to_load(arguments.dtype, arguments.decode)
+    ways = ways_to_load(arguments.dtype, arguments.decode, options_of(arguments))
     header, header_row = run_async(partial(measure_header, file, repeats))
     rows = run_async(partial(measure_loads, file, device, ways, repeats))
     for row in rows:
@@ -251,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with model_file(arguments) as file:
         results = measure(arguments, file, arguments.device or default_device())
-    write_record(arguments.json, "load", results)
+    write_record(arguments.json, "load", results, options_of(arguments))
     report(file.name, results)
     return int(any(row["check"] and row["check"]["different"] for row in results["rows"]))
 

@@ -20,7 +20,7 @@ import anyio
 from asyncload import Loader, Options
 from asyncload.device import default_device, open_device
 from asyncload.options import format_size
-from bench._common import make_parser, model_file, print_table, run_async, write_record
+from bench._common import make_parser, model_file, options_of, print_table, run_async, write_record
 
 _ALLOWANCE = 100_000_000
 
@@ -31,12 +31,12 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-async def child(file: str, device: str) -> dict[str, Any]:
+async def child(file: str, device: str, options: Options) -> dict[str, Any]:
     """Loads the model and says how the process's memory went, in bytes."""
     imported = resident("VmRSS")
     opened = await anyio.to_thread.run_sync(open_device, device)
     before = resident("VmRSS")
-    options = Options.from_env().suited_to(opened.info.kind)
+    options = options.suited_to(opened.info.kind)
     async with Loader(device, options=options) as loader:
         entered = resident("VmRSS")
         with await loader.load(file, dtype="packed") as model:
@@ -59,6 +59,7 @@ def measure(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     """Runs the load in a fresh process."""
     command = [sys.executable, "-m", "bench.memory", "--child", str(file)]
     command += ["--device", arguments.device] if arguments.device else []
+    command += ["--engine", arguments.engine] if arguments.engine else []
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1]).stdout
     results: dict[str, Any] = json.loads(output)
     return results
@@ -68,14 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    options = options_of(arguments)
     if arguments.child:
-        print(json.dumps(run_async(partial(child, arguments.child, arguments.device or default_device()))))
+        device = arguments.device or default_device()
+        print(json.dumps(run_async(partial(child, arguments.child, device, options))))
         return 0
     with model_file(arguments) as file:
         results = measure(arguments, file)
     rows = [(name, format_size(nbytes)) for name, nbytes in results.items()]
     print_table("host memory of a process that loads a model, packed", [("at", "bytes"), *rows])
-    write_record(arguments.json, "memory", results)
+    write_record(arguments.json, "memory", results, options)
     return 0 if results["added"] <= results["bound"] else 1
 
 

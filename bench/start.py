@@ -23,7 +23,7 @@ def _interpreter(code: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = make_parser(__doc__ or "").parse_args(argv)
+    arguments = make_parser(__doc__ or "", device=False, loads=False).parse_args(argv)
     repeats = 1 if arguments.quick else 15
     bare = median_seconds(partial(_interpreter, "pass"), repeats)
     results = {what: median_seconds(partial(_interpreter, code), repeats) - bare for what, code in _IMPORTS.items()}

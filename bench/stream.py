@@ -74,7 +74,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__ or "", loads=False)
+    parser = make_parser(__doc__ or "", device=False, loads=False)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--width", type=int, default=8192)
     parser.add_argument("--inner", type=int, default=12288)

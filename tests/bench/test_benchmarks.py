@@ -11,25 +11,33 @@ from typing import Any
 
 import pytest
 
+from asyncload import Options
 from asyncload.testing import _synthesize, synthesize
 from asyncload.testing._presets import PRESETS
-from bench import _load_check, _peers, demo, load
+from bench import _common, _load_check, _peers, demo, load
+from bench._common import make_parser, options_of
 from bench._demo_model import DemoError
 
+ENGINES = ["python", pytest.param("native", marks=pytest.mark.native)]
 DECODED = ("bf16, decode=device", "bf16, decode=host")
 
 
 def run(name: str, folder: Path, *arguments: str) -> Any:
     """Runs a benchmark at toy size on the host and returns its results."""
+    return record_of(name, folder, "--device", "host", *arguments)["results"]
+
+
+def record_of(name: str, folder: Path, *arguments: str) -> Any:
+    """Runs a benchmark at toy size and returns what it writes."""
     target = folder / "results" / f"{name}.json"
     main = import_module(f"bench.{name}").main
-    assert main(["--quick", "--device", "host", "--json", str(target), *arguments]) == 0
+    assert main(["--quick", "--json", str(target), *arguments]) == 0
     record = json.loads(target.read_text())
     assert record["benchmark"] == name
     assert set(record) == {"benchmark", "command", "date", "commit", "dirty", "machine", "options", "results"}
     assert record["machine"]["cores"] >= 1
     assert "asyncload" in record["machine"]["packages"] or "numpy" in record["machine"]["packages"]
-    return record["results"]
+    return record
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *made: _peers.Peer) -> None:
@@ -175,20 +183,59 @@ def test_latency_counts_ticks(tmp_path: Path) -> None:
         assert late["p50"] <= late["p99"] <= late["p99.9"] <= late["max"]
 
 
-def test_memory_is_held_against_its_bound(tmp_path: Path) -> None:
-    results = run("memory", tmp_path)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_memory_is_held_against_its_bound(tmp_path: Path, engine: Any) -> None:
+    results = run("memory", tmp_path, "--engine", engine)
     assert results["before"] < results["entered"] <= results["peak"]
     assert results["added"] <= results["bound"]
+    assert results["staging"] == Options(engine=engine).suited_to("host").staging
 
 
-def test_overlap_compares_with_the_slower_alone(tmp_path: Path) -> None:
-    results = run("overlap", tmp_path)
-    assert {row["how"] for row in results["rows"]} >= {"pipelined", "one thread", "one stream", "unpipelined"}
+@pytest.mark.parametrize(
+    ("engine", "ways"),
+    [
+        ("python", ["pipelined", "one thread", "one stream", "unpipelined"]),
+        pytest.param("native", ["pipelined", "one thread"], marks=pytest.mark.native),
+    ],
+)
+def test_overlap_compares_with_the_slower_alone(tmp_path: Path, engine: str, ways: list[str]) -> None:
+    results = run("overlap", tmp_path, "--engine", engine)
+    assert [row["how"] for row in results["rows"]] == ["decode alone", "copy alone", *ways]
     assert all(row["of_slower"] > 0 for row in results["rows"])
+    assert results["real_copies"] is (engine == "native")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["load", "latency"])
+def test_the_engine_that_is_asked_for_loads(tmp_path: Path, begun: list[str], name: str, engine: str) -> None:
+    more = {"load": ["--peers"], "latency": ["--ticks", "5", "--nice", "3"]}[name]
+    record = record_of(name, tmp_path, "--device", "host", "--engine", engine, *more)
+    assert begun
+    assert set(begun) == {engine} == {record["options"]["engine"]}
+    assert record["options"]["nice"] == (3 if name == "latency" else 10)
+
+
+def test_arguments_go_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCLOAD_ENGINE", "native")
+    monkeypatch.setenv("ASYNCLOAD_THREADS", "3")
+    parser = make_parser("")
+    assert options_of(parser.parse_args([])) == Options(engine="native", threads=3)
+    assert options_of(parser.parse_args(["--engine", "python"])) == Options(engine="python", threads=3)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--engine", "steam"])
+
+
+@pytest.mark.parametrize(("there", "engine"), [("GNU 14", "native"), (None, "python")])
+def test_the_engine_that_is_there_stands_in_the_record(
+    monkeypatch: pytest.MonkeyPatch, there: str | None, engine: str
+) -> None:
+    monkeypatch.delenv("ASYNCLOAD_ENGINE", raising=False)
+    monkeypatch.setattr(_common, "_native_compiler", lambda: there)
+    assert options_of(make_parser("").parse_args([])).engine == engine
 
 
 def test_start_measures_imports(tmp_path: Path) -> None:
-    results = run("start", tmp_path)
+    results = record_of("start", tmp_path)["results"]
     assert results["bare"] > 0
     assert "import asyncload" in results["seconds"]
 
