@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -14,16 +16,25 @@ from typing import Any, Final
 from asyncload.gguf import Header
 from asyncload.testing import synthesize
 
-__all__ = ["PEERS", "TRANSFORMERS", "Peer", "Run", "missing", "peers"]
+__all__ = ["INSTANTTENSOR", "PEERS", "TRANSFORMERS", "Peer", "Run", "missing", "peers", "safetensors_loaders"]
 
+INSTANTTENSOR: Final = "InstantTensor"
 TRANSFORMERS: Final = "transformers, bf16"
+
+Tensors = Mapping[str, Any]
 
 # The peers and the packages that each needs; to host memory safetensors gets along with numpy.
 PEERS: Final[Mapping[str, tuple[str, ...]]] = {
     "safetensors": ("safetensors", "torch"),
+    "instanttensor": ("instanttensor", "torch"),
     "gguf-py": ("gguf", "torch"),
     "transformers": ("transformers", "accelerate", "gguf", "torch"),
 }
+
+_HOST_NOTE: Final = "maps the file, reads nothing"
+
+# How InstantTensor reads a file that is in the page cache; as it comes, it would read around that.
+_BUFFERED: Final = ("AIO_BUFFERED", "URING_BUFFERED", "MMAP")
 
 # Where transformers puts a Llama's tensors. The queries' and keys' rows come in another order there, so they are not
 # compared with the file's.
@@ -60,12 +71,25 @@ class Peer:
 
 
 def missing(wanted: Collection[str], device: str) -> dict[str, str]:
-    """The peers that cannot be measured here, and why: the packages that they lack."""
+    """The peers that cannot be measured here, and why: packages are not installed or do not import, or the device."""
     needs: dict[str, Sequence[str]] = {name: PEERS[name] for name in wanted}
     if device == "host" and "safetensors" in needs:
         needs["safetensors"] = ("safetensors",)
-    lacking = {name: [package for package in packages if not find_spec(package)] for name, packages in needs.items()}
-    return {name: f"not installed: {', '.join(packages)}" for name, packages in lacking.items() if packages}
+    reasons = {name: reason for name, packages in needs.items() if (reason := _lacking(packages))}
+    if device == "host" and "instanttensor" in needs:
+        reasons["instanttensor"] = "loads to CUDA devices only"
+    return reasons
+
+
+def _lacking(packages: Sequence[str]) -> str | None:
+    if absent := [package for package in packages if not find_spec(package)]:
+        return f"not installed: {', '.join(absent)}"
+    for package in reversed(packages):  # torch comes before those that stand on it
+        try:
+            _module(package)
+        except Exception as error:  # noqa: BLE001 - whatever a package does, the other figures stand
+            return f"{package} does not import: {type(error).__name__}: {error}"
+    return None
 
 
 def peers(
@@ -77,24 +101,47 @@ def peers(
     transformers loads a tiny model first. ``share`` (0 to 1) is that of the bytes on which gguf-py's decoding is
     measured; its time is scaled up then, for each type by itself.
     """
-    unready = missing(wanted, device)
-    ready = [name for name in PEERS if name in wanted and name not in unready]
-    device = "cpu" if device == "host" else device
-    for package in {package for name in ready for package in PEERS[name] if find_spec(package)}:
-        _module(package)
-    _synchronize(device)
-    if "safetensors" in ready:
+    ready = _ready(wanted, device)
+    if {"safetensors", "instanttensor"} & set(ready):
         same = folder / "same.safetensors"
         _write_safetensors(file, header, same)
-        module, where = ("safetensors.torch", [device]) if find_spec("torch") else ("safetensors.numpy", [])
-        note = "maps the file, reads nothing" if where == ["cpu"] else ""
-        yield Peer(f"{module}.load_file", lambda: _timed(lambda: _module(module).load_file(same, *where), device, note))
+        for name, load in safetensors_loaders(same, device, wanted=ready).items():
+            yield Peer(name, partial(_timed, load, _HOST_NOTE if device == "host" else ""))
+    device = "cpu" if device == "host" else device
     if "gguf-py" in ready:
-        yield Peer("gguf-py + torch, packed", lambda: _timed(lambda: _gguf_packed(file, device), device))
+        yield Peer("gguf-py + torch, packed", partial(_timed, partial(_gguf_packed, file, device)))
         yield Peer("gguf-py + torch, bf16", lambda: _gguf_decoded(file, device, share), bf16=True)
     if "transformers" in ready:
         (tiny,) = synthesize(folder / "tiny.gguf", preset="tiny")
         yield Peer(TRANSFORMERS, lambda: _transformers(file, header, device, tiny), bf16=True)
+
+
+def safetensors_loaders(file: Path, device: str, *, wanted: Collection[str]) -> dict[str, Callable[[], Tensors]]:
+    """By name, what loads a safetensors file: the ways of those peers that are wanted and installed.
+
+    Each returns its tensors by name once they are there. InstantTensor's own their memory, as ours do, and it keeps
+    its pinned memory from one load to the next, as a loader of ours does.
+    """
+    ready = _ready(wanted, device)
+    loaders: dict[str, Callable[[], Tensors]] = {}
+    if "safetensors" in ready:
+        name = "safetensors.torch" if find_spec("torch") else "safetensors.numpy"
+        load_file, where = _module(name).load_file, [] if device == "host" else [device]
+        loaders[f"{name}.load_file"] = lambda: _there(load_file(file, *where), device)
+    if "instanttensor" in ready:
+        os.environ.setdefault("INSTANTTENSOR_CACHE_BUFFER", "1")
+        for backend in _BUFFERED:
+            loaders[f"{INSTANTTENSOR}, {backend}"] = partial(_instanttensor, file, device, backend)
+    return loaders
+
+
+def _ready(wanted: Collection[str], device: str) -> list[str]:
+    """The peers that are wanted and can be measured here, imported, and the device used."""
+    unready = missing(wanted, device)
+    ready = [name for name in PEERS if name in wanted and name not in unready]
+    if ready:
+        _synchronize(device)
+    return ready
 
 
 def _module(name: str) -> Any:
@@ -102,16 +149,15 @@ def _module(name: str) -> Any:
 
 
 def _synchronize(device: str) -> None:
-    if device != "cpu":
+    if device not in {"cpu", "host"}:
         _module("torch").cuda.synchronize(device)
 
 
-def _timed(function: Callable[[], object], device: str, remark: str = "") -> Run:
+def _timed(load: Callable[[], Tensors], remark: str = "") -> Run:
     begin = time.perf_counter()
-    result = function()
-    _synchronize(device)
+    tensors = load()
     seconds = time.perf_counter() - begin
-    del result  # freeing is not loading
+    del tensors  # freeing is not loading
     return Run(seconds, remark)
 
 
@@ -123,12 +169,23 @@ def _write_safetensors(file: Path, header: Header, target: Path) -> None:
     _module("safetensors.numpy").save_file(tensors, target)
 
 
-def _gguf_packed(file: Path, device: str) -> Any:
+def _there(tensors: Tensors, device: str) -> Tensors:
+    """The tensors, once the copies to the device have ended."""
+    _synchronize(device)
+    return tensors
+
+
+def _instanttensor(file: Path, device: str, backend: str) -> Tensors:
+    module = _module("instanttensor")
+    with module.safe_open(str(file), framework="pt", device=device, backend=module.Backend[backend]) as opened:
+        return _there(dict(opened.tensors()), device)
+
+
+def _gguf_packed(file: Path, device: str) -> Tensors:
     """Every tensor's blocks, copied out of gguf-py's mapping of the file (a mapping alone would have read nothing)."""
     torch = _module("torch")
-    return {
-        tensor.name: torch.tensor(tensor.data, device=device) for tensor in _module("gguf").GGUFReader(file).tensors
-    }
+    tensors = _module("gguf").GGUFReader(file).tensors
+    return _there({tensor.name: torch.tensor(tensor.data, device=device) for tensor in tensors}, device)
 
 
 def _gguf_decoded(file: Path, device: str, share: float) -> Run:
