@@ -69,6 +69,10 @@ class Event:
         """The time between two that have passed, in seconds."""
 
     @property
+    def passed_at(self) -> float | None:
+        """When it passed, in seconds of the host's clock, where that tells."""
+
+    @property
     def handle(self) -> int:
         """What other libraries know it by; 0 on the host."""
 
@@ -221,7 +225,7 @@ class Wake(enum.Enum):
 class Job:
     """One load."""
 
-    def __init__(self, files: Sequence[File], tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int, wake: Wake, to_host: bool) -> None:
+    def __init__(self, files: Sequence[File], tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int, wake: Wake, to_host: bool, timed: bool) -> None:
         """
         Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, where it
         is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, blocks
@@ -245,6 +249,11 @@ class Job:
     @property
     def reading(self) -> str:
         """How its files are read, and why."""
+
+    def copies(self) -> list[list[tuple[Event, Event]]]:
+        """
+        By thread, events before and behind the copies of each chunk, if it is timed.
+        """
 
     def times(self) -> Times:
         """Where its time went, until now."""
@@ -323,7 +332,7 @@ class Engine:
     def __init__(self, device: Device, ring: int, chunk_size: int, threads: int, buffers: int, nice: int, retries: int, retry_delay: float) -> None:
         """Starts the threads, over a ring of staging buffers that outlives them."""
 
-    def submit(self, job: Job, scratch: Sequence[int], after: Sequence[int]) -> None:
+    def submit(self, job: Job, scratch: Sequence[int], after: Sequence[Event]) -> None:
         """
         Has a job moved as far as it is admitted; streams wait for the events ``after`` before, on the device.
         """

@@ -114,28 +114,61 @@ def _handle(stream: Any) -> int:
 class CudaEvent:
     """An event that its waiters sleep on."""
 
-    __slots__ = ("_device", "_error", "event")
+    __slots__ = ("_device", "_error", "event", "native")
 
-    def __init__(self, device: str, event: Any, error: type[DeviceError]) -> None:
+    def __init__(self, device: CudaDevice, event: Any, error: type[DeviceError]) -> None:
         self._device = device
         self.event: Any = event  #: ``cuda.core``'s
         self._error = error
+        self.native: Any = None  #: the same for C++ threads, once one of these has waited for it
+
+    @property
+    def handle(self) -> int:
+        """The ``CUevent``'s address."""
+        return int(self.event.handle)
 
     def done(self) -> bool:
         """Asks the driver."""
-        with _mapping_errors(self._device, "work on the device failed", self._error):
+        with _mapping_errors(self._device.info.name, "work on the device failed", self._error):
             return bool(self.event.is_done)
 
     def synchronize(self) -> None:
         """Sleeps in the driver: the event was made with blocking synchronization."""
-        with _mapping_errors(self._device, "work on the device failed", self._error):
+        with _mapping_errors(self._device.info.name, "work on the device failed", self._error):
             self.event.sync()
 
     def seconds_since(self, earlier: Event) -> float:
         """Asks the driver, which counts half microseconds."""
-        with _mapping_errors(self._device, "there is no time between two events"):
-            milliseconds = self.event - (earlier.event if isinstance(earlier, CudaEvent) else None)
-            return float(milliseconds) / 1e3
+        return self._device.seconds_between(earlier, self)
+
+
+class NativeCudaEvent:
+    """An event that a C++ thread records."""
+
+    __slots__ = ("_device", "native")
+
+    def __init__(self, device: CudaDevice, native: Any) -> None:
+        self._device = device
+        self.native: Any = native  #: the ``asyncload_native.Event``
+
+    @property
+    def handle(self) -> int:
+        """The ``CUevent``'s address."""
+        return int(self.native.handle)
+
+    def done(self) -> bool:
+        """Asks the driver."""
+        with _mapping_errors(self._device.info.name, "work on the device failed", CopyError):
+            return bool(self.native.done())
+
+    def synchronize(self) -> None:
+        """Sleeps in the driver."""
+        with _mapping_errors(self._device.info.name, "work on the device failed", CopyError):
+            self.native.synchronize()
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Asks the driver."""
+        return self._device.seconds_between(earlier, self)
 
 
 class CudaStaging:
@@ -213,9 +246,10 @@ class CudaStream:
         self._usable_handle()
         name = self._device.info.name
         with _mapping_errors(name, "a stream could not be made to wait"):
-            if not isinstance(event, CudaEvent):
+            if not isinstance(event, CudaEvent | NativeCudaEvent):
                 raise DeviceError(f"{name}: {event!r} is no event of a CUDA device", device=name)
-            self._stream.wait(event.event)
+            wait = self._device.driver.cuStreamWaitEvent
+            self._device.check("a stream could not be made to wait", wait(self.handle, event.handle, 0))
 
     def record(self, *, timing: bool = False) -> CudaEvent:
         """Records an event; a failure of the device's work shows in it as ``CopyError``."""
@@ -223,7 +257,7 @@ class CudaStream:
         name = self._device.info.name
         with _mapping_errors(name, "an event could not be recorded"):
             options = self._device.timing_options if timing else self._device.event_options
-            return CudaEvent(name, self._stream.record(options=options), CopyError)
+            return CudaEvent(self._device, self._stream.record(options=options), CopyError)
 
     def close(self) -> None:
         """Sleeps until the work has ended and gives the stream back."""
@@ -493,7 +527,15 @@ class CudaDevice:
                 self.check("a barrier could not be set", (code,))
             else:
                 device.sync()  # an event that was never recorded counts as passed
-        return CudaEvent(self._name, event, DeviceError)
+        return CudaEvent(self, event, DeviceError)
+
+    def seconds_between(self, earlier: Event, later: CudaEvent | NativeCudaEvent) -> float:
+        """The time between two events of the device's."""
+        with _mapping_errors(self._name, "there is no time between two events"):
+            if not isinstance(earlier, CudaEvent | NativeCudaEvent):
+                raise DeviceError(f"{self._name}: {earlier!r} is no event of a CUDA device", device=self._name)
+            elapsed = self.driver.cuEventElapsedTime(earlier.handle, later.handle)
+            return float(self.check("there is no time between two events", elapsed)) / 1e3
 
     # For C++ threads
 
@@ -504,6 +546,18 @@ class CudaDevice:
             with _mapping_errors(self._name, "the native engine cannot use the device"):
                 self._native = module.CudaDevice(module.Driver(), self._index)
         return self._native
+
+    def from_native(self, event: Any) -> NativeCudaEvent:
+        """An event of a C++ thread's, for streams and for whoever waits."""
+        return NativeCudaEvent(self, event)
+
+    def to_native(self, event: Event) -> Any:
+        """An event for C++ threads to wait for; whoever asks keeps it until they have."""
+        if not isinstance(event, CudaEvent | NativeCudaEvent):
+            raise DeviceError(f"{self._name}: {event!r} is no event of a CUDA device", device=self._name)
+        if event.native is None:
+            event.native = self.native().adopt_event(event.handle)
+        return event.native
 
     def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002 - the field's name
         """A prepared kernel's function."""

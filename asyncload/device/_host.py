@@ -20,12 +20,13 @@ from typing import Any
 from asyncload.device._contract import (
     DeviceInfo,
     DeviceMemory,
+    Event,
     MemoryInfo,
     Residency,
     allocate_each,
     check_download,
 )
-from asyncload.device._host_stream import CopyEngine, Hold, HostStream, PassedAll
+from asyncload.device._host_stream import CopyEngine, Hold, HostStream, NativeHostEvent, PassedAll
 from asyncload.device._pages import Pages
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
 from asyncload.gguf import GGMLType
@@ -276,6 +277,14 @@ class HostDevice:
     def _pace_native(self) -> None:
         if self._native is not None:
             self._native.set_pace(self.bandwidth or 0.0, self.latency, poison=self._poison)
+
+    def from_native(self, event: Any) -> NativeHostEvent:
+        """An event of a C++ thread's, for streams and for whoever waits."""
+        return NativeHostEvent(event)
+
+    def to_native(self, event: Event) -> Any:
+        """An event for C++ threads to wait for; None for one of a stream here, for which they cannot."""
+        return event.native if isinstance(event, NativeHostEvent) else None
 
     def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002 - the field's name
         """The host's kernel."""

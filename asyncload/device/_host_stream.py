@@ -6,10 +6,11 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from asyncload.device._contract import DeviceMemory, Event, StagingMemory, check_decode, check_upload
 from asyncload.errors import CopyError, DeviceError
@@ -17,7 +18,7 @@ from asyncload.gguf import GGMLType
 from asyncload.quant import DType, decode
 from asyncload.threads import lower_priority
 
-__all__ = ["CopyEngine", "Hold", "HostEvent", "HostStream", "PassedAll"]
+__all__ = ["CopyEngine", "Hold", "HostEvent", "HostStream", "NativeHostEvent", "PassedAll"]
 
 _NICE = 10
 _PIECE = 4 << 20  # bytes moved at once: of more, the C library copies in another way, and sizes could not be compared
@@ -173,9 +174,7 @@ class HostEvent:
 
     def seconds_since(self, earlier: Event) -> float:
         """By the host's clock."""
-        if not isinstance(earlier, HostEvent) or self.passed_at is None or earlier.passed_at is None:
-            raise DeviceError("host: there is no time between events that have not passed", device="host")
-        return self.passed_at - earlier.passed_at
+        return _seconds_between(earlier, self)
 
     def wait(self) -> None:
         """Sleeps until it has passed, however the work before it ended."""
@@ -186,6 +185,56 @@ class HostEvent:
         self._error = error
         self.passed_at = time.perf_counter()
         self._passed.set()
+
+
+class NativeHostEvent:
+    """An event that a C++ thread records."""
+
+    __slots__ = ("native",)
+
+    def __init__(self, native: Any) -> None:
+        self.native: Any = native  #: the ``asyncload_native.Event``
+
+    @property
+    def passed_at(self) -> float | None:
+        """In seconds of ``time.perf_counter``."""
+        seconds: float | None = self.native.passed_at
+        return seconds
+
+    def done(self) -> bool:
+        """Whether it has passed."""
+        with _mapping_errors():
+            return bool(self.native.done())
+
+    def synchronize(self) -> None:
+        """Sleeps until it has passed."""
+        with _mapping_errors():
+            self.native.synchronize()
+
+    def seconds_since(self, earlier: Event) -> float:
+        """By the host's clock."""
+        return _seconds_between(earlier, self)
+
+    def wait(self) -> None:
+        """Sleeps until it has passed, however the work before it ended."""
+        with suppress(DeviceError):
+            self.synchronize()
+
+
+def _seconds_between(earlier: Event, later: HostEvent | NativeHostEvent) -> float:
+    begin = earlier.passed_at if isinstance(earlier, HostEvent | NativeHostEvent) else None
+    if begin is None or later.passed_at is None:
+        raise DeviceError("host: there is no time between events that have not passed", device="host")
+    return later.passed_at - begin
+
+
+@contextmanager
+def _mapping_errors() -> Generator[None]:
+    """Turns what C++ raises into an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CopyError(f"host: {error}", device="host") from error
 
 
 class Hold(threading.Event):
@@ -279,7 +328,7 @@ class HostStream:
     def wait(self, event: Event) -> None:
         """Has the thread sleep until an event has passed."""
         self._check()
-        if not isinstance(event, HostEvent):
+        if not isinstance(event, HostEvent | NativeHostEvent):
             raise DeviceError(
                 f"{self._engine.device}: {event!r} is no event of a host stream", device=self._engine.device
             )

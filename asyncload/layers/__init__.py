@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncload.layers._feed import FileFeed, SlabFeed
 from asyncload.layers._layer import Layer
 from asyncload.layers._link import link_rate
+from asyncload.layers._native_feed import NativeSlabFeed
 from asyncload.layers._scheduler import Scheduler
 from asyncload.layers._slabs import Slabs
 from asyncload.layers._slots import Slot
@@ -19,6 +20,7 @@ __all__ = [
     "Layer",
     "LayerRecord",
     "LayerTiming",
+    "NativeSlabFeed",
     "PassStats",
     "Ride",
     "Scheduler",

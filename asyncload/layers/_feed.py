@@ -133,7 +133,7 @@ class FileFeed:
 
     def __init__(self, engine: Engine, sources: Sequence[Source], *, decodes: bool) -> None:
         """Blocks."""
-        self._backend = engine.python
+        self._backend = engine.backend(sources)
         self._callers = engine.callers
         self._sources = sources
         self._decodes = decodes

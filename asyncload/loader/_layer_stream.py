@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from asyncload.layers import (
     FileFeed,
     Layer,
     LayerRecord,
+    NativeSlabFeed,
     PassStats,
     Ride,
     Scheduler,
@@ -40,7 +41,7 @@ from asyncload.loader._session import Request
 from asyncload.memory import Purpose
 from asyncload.model import Model, Tensor
 from asyncload.options import Options
-from asyncload.pipeline import Engine
+from asyncload.pipeline import Engine, NativeBackend
 from asyncload.plan import Decode, DtypeSpec, LayerPlan, Plan, plan_memory
 from asyncload.threads import LoopHandle, Threads
 
@@ -121,7 +122,14 @@ class _Layers:
     """What a layer stream has while it is entered."""
 
     def __init__(
-        self, engine: Engine, plan: Plan, model: Model, feed: FileFeed | SlabFeed, scheduler: Scheduler, *, trace: bool
+        self,
+        engine: Engine,
+        plan: Plan,
+        model: Model,
+        feed: FileFeed | SlabFeed | NativeSlabFeed,
+        scheduler: Scheduler,
+        *,
+        trace: bool,
     ) -> None:
         self.engine = engine
         self.plan = plan
@@ -220,7 +228,9 @@ class LayerStream:
             if self._request.trace:
                 stack.enter_context(engine.spans.watch())
             stack.push_async_callback(engine.callers.run, engine.tracker.flush)
-            opened = await stack.enter_async_context(OpenedModel(engine.callers.run, strict=engine.options.strict))
+            opened = await stack.enter_async_context(
+                OpenedModel(engine.callers.run, strict=engine.options.strict, native=engine.native is not None)
+            )
             await opened.open(self._request.path)
             plan = await engine.callers.run(self._plan, engine, opened)
             names = [tensor.info.name for tensor in plan.load.tensors]
@@ -234,12 +244,17 @@ class LayerStream:
             slots = _SlotList()
             stack.callback(slots.clear)
             await engine.callers.run(slots.allocate, engine, plan)
-            feed = await self._open_feed(stack, engine, [plan.layers[number] for number in plan.streamed], opened)
+
+            async def settle(events: Sequence[Event]) -> None:
+                await waiters.run(_synchronize, engine, events)
+
+            streamed = [plan.layers[number] for number in plan.streamed]
+            feed = await self._open_feed(stack, engine, streamed, opened, waiters=2 * plan.slots + 1, settle=settle)
             scheduler = Scheduler(
-                [plan.layers[number] for number in plan.streamed],
+                streamed,
                 slots.items,
                 feed,
-                lambda events: waiters.run(_synchronize, engine, events),
+                feed.settle if isinstance(feed, NativeSlabFeed) else settle,
                 lambda stream: waiters.run(_record, engine, stream),
                 stall_limit=engine.options.stall_limit,
             )
@@ -247,6 +262,8 @@ class LayerStream:
             group = anyio.create_task_group()
             await group.__aenter__()
             stack.push_async_exit(partial(_leave, group, scheduler))
+            if isinstance(feed, NativeSlabFeed):
+                group.start_soon(feed.listen)
             group.start_soon(scheduler.run)
             self._stack = stack.pop_all()
         return self
@@ -265,26 +282,38 @@ class LayerStream:
                 **self._request.memory,
             )
 
-        plan = make(engine.python.options)
+        options = engine.backend(opened.sources).options
+        plan = make(options)
         if not prepare_kernels(engine, plan.kernels):
-            plan = make(replace(engine.python.options, decode="host"))
+            plan = make(replace(options, decode="host"))
             prepare_kernels(engine, plan.kernels)
         plan.load.check_sources([source.size for source in opened.sources])
         return plan
 
     async def _open_feed(
-        self, stack: AsyncExitStack, engine: Engine, layers: Sequence[LayerPlan], opened: OpenedModel
-    ) -> FileFeed | SlabFeed:
+        self,
+        stack: AsyncExitStack,
+        engine: Engine,
+        layers: Sequence[LayerPlan],
+        opened: OpenedModel,
+        *,
+        waiters: int,
+        settle: Callable[[Sequence[Event]], Awaitable[None]],
+    ) -> FileFeed | SlabFeed | NativeSlabFeed:
         nbytes = sum(layer.upload_nbytes for layer in layers)
         decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)
         host = self._request.host
-        made: list[FileFeed | SlabFeed] = []  # where it is found, also if this is cancelled
+        made: list[FileFeed | SlabFeed | NativeSlabFeed] = []  # where it is found, also if this is cancelled
 
         def open_feed() -> None:
             if host == "file" or (host == "auto" and nbytes > _HOST_SHARE * _available_memory()):
                 made.append(FileFeed(engine, opened.sources, decodes=decodes))
+                return
+            slabs, backend = Slabs(engine, layers), engine.backend(opened.sources)
+            if isinstance(backend, NativeBackend):
+                made.append(NativeSlabFeed(engine, backend, slabs, layers, waiters=waiters, wait=settle))
             else:
-                made.append(SlabFeed(engine, Slabs(engine, layers), decodes=decodes))
+                made.append(SlabFeed(engine, slabs, decodes=decodes))
 
         def close() -> None:
             for feed in made:
@@ -293,7 +322,7 @@ class LayerStream:
         stack.push_async_callback(engine.callers.run, close)
         await engine.callers.run(open_feed)
         feed = made[0]
-        if isinstance(feed, SlabFeed):
+        if not isinstance(feed, FileFeed):
             await feed.fill(opened.sources)
         return feed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncload.pipeline._backend import Backend, Hears, Sink, Transfer
 from asyncload.pipeline._engine import Engine
+from asyncload.pipeline._native import NativeBackend
 from asyncload.pipeline._read import read_patiently
 from asyncload.pipeline._spans import ThreadSpan, ThreadSpans
 from asyncload.pipeline._stats import LoadStats, StageStats
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "Hears",
     "LoadStats",
+    "NativeBackend",
     "Sink",
     "StageStats",
     "ThreadSpan",

@@ -61,6 +61,11 @@ class Transfer(Protocol):
         """Where its time went, until now."""
         ...
 
+    @property
+    def copies(self) -> Sequence[Sequence[tuple[Event, Event]]]:
+        """By stream, the events before and behind each chunk's copies and kernels, if it is timed and has run."""
+        ...
+
     async def run(self) -> None:
         """Moves everything; returns when the last event has passed.
 
@@ -85,9 +90,12 @@ class Backend(Protocol):
     @property
     def scratch(self) -> Scratch: ...
     def transfer(
-        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
+        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = (), timed: bool = False
     ) -> Transfer:
-        """A transfer of a plan's tensors, but for those to skip, by their index; on any thread."""
+        """A transfer of a plan's tensors, but for those to skip, by their index; on any thread.
+
+        If it is ``timed``, events are recorded around its copies.
+        """
         ...
 
     @property

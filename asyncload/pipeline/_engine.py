@@ -74,6 +74,11 @@ class Engine:
         return self.python
 
     @property
+    def native(self) -> NativeBackend | None:
+        """The backend in C++, where there is one."""
+        return self._native
+
+    @property
     def python(self) -> PythonBackend:
         """The backend in Python, opened when it is first needed; may block."""
         with self._opening:

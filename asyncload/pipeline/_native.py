@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import anyio
 
-from asyncload.device import Device, DeviceMemory
+from asyncload.device import Device, DeviceMemory, Event
 from asyncload.errors import (
     BackendUnavailableError,
     CopyError,
@@ -41,6 +41,14 @@ class NativeDevice(Device, Protocol):
 
     def native(self) -> Any:
         """The ``asyncload_native.Device``, the same each time."""
+        ...
+
+    def from_native(self, event: Any) -> Event:
+        """An event of a C++ thread's, for streams and for whoever waits."""
+        ...
+
+    def to_native(self, event: Event) -> Any:
+        """An event for C++ threads to wait for, as long as it is kept; None for one for which they cannot."""
         ...
 
     def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002 - the field's name
@@ -93,11 +101,14 @@ class NativeBackend:
         return all(isinstance(source, NativeFileSource) for source in sources)
 
     def transfer(
-        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = ()
+        self, plan: LoadPlan, sources: Sequence[Source], sink: Sink, *, skip: Collection[int] = (), timed: bool = False
     ) -> NativeTransfer:
-        """A transfer by the engine's threads; the sources are files."""
-        files = [source for source in sources if isinstance(source, NativeFileSource)]
-        return NativeTransfer(self, plan, files, sink, skip=skip)
+        """A transfer by the engine's threads, which may be ``timed`` by events around its copies; from files."""
+        return NativeTransfer(self, plan, sources, sink, skip=skip, timed=timed)
+
+    def fill(self, plan: LoadPlan, sources: Sequence[Source], sink: Sink) -> NativeTransfer:
+        """A transfer into host memory, whatever the device, which decodes nothing then."""
+        return NativeTransfer(self, plan, sources, sink, to_host=True)
 
     @property
     def idle(self) -> bool:
@@ -116,13 +127,17 @@ class NativeTransfer:
         self,
         backend: NativeBackend,
         plan: LoadPlan,
-        sources: Sequence[NativeFileSource],
+        sources: Sequence[Source],
         sink: Sink,
         *,
-        skip: Collection[int],
+        skip: Collection[int] = (),
+        timed: bool = False,
+        to_host: bool = False,
     ) -> None:
-        self._backend, self._plan, self._sources, self._sink = backend, plan, sources, sink
+        self._backend, self._plan, self._sink = backend, plan, sink
+        self._sources = [source for source in sources if isinstance(source, NativeFileSource)]
         self._skip = skip
+        self._timed, self._to_host = timed, to_host
         self._begin = time.perf_counter()
         self._job: Any = None
         self._news: Any = None  # the last
@@ -138,6 +153,12 @@ class NativeTransfer:
         seconds = {"read": times.read, "decode": times.decode, "upload": times.upload}
         nbytes = {"read": times.read_nbytes, "decode": times.decoded_nbytes, "upload": times.uploaded_nbytes}
         return load_stats(wall, stage_workers(self._backend.options), seconds, nbytes, self._landed, times.retries)
+
+    @property
+    def copies(self) -> list[list[tuple[Event, Event]]]:
+        """By stream, the events before and behind each chunk's copies and kernels, if it is timed."""
+        take = self._backend.device.from_native
+        return [[(take(begun), take(arrived)) for begun, arrived in copies] for copies in self._job.copies()]
 
     async def run(self) -> None:
         """Moves everything."""
@@ -177,11 +198,19 @@ class NativeTransfer:
                 tensors=np.array(rows, np.uint64).reshape(-1, 10),
                 chunk_size=self._plan.chunk_size,
                 wake=getattr(module.Wake, self._sink.hears.upper()),
-                to_host=False,
+                to_host=self._to_host,
+                timed=self._timed,
             )
         except ValueError as error:
             raise PlanError(str(error)) from error
-        backend.engine.submit(job, [memory.address for memory in self._scratch], [])
+        after = [backend.device.to_native(event) for event in self._sink.after]
+        for event, native in zip(self._sink.after, after, strict=True):
+            if native is None:
+                with suppress(DeviceError):  # what failed before it does not stop the work after it
+                    event.synchronize()
+        backend.engine.submit(
+            job, [memory.address for memory in self._scratch], [event for event in after if event is not None]
+        )
         self._job = job
 
     def _row(self, index: int, tensor: TensorPlan) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -47,6 +48,8 @@ class Event : public std::enable_shared_from_this<Event> {
     virtual void synchronize() = 0;
     // Seconds between two events that have passed and were made with timing. Raises `DeviceError` for any others.
     virtual double seconds_since(Event& earlier) = 0;
+    // When it passed, in seconds of the steady clock; nothing before, and where only the device knows.
+    virtual std::optional<double> passed_at() const { return std::nullopt; }
     // What other libraries know it by; 0 on the host device.
     virtual std::uint64_t handle() const noexcept = 0;
 };

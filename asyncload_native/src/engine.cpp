@@ -23,10 +23,6 @@ double since(Clock::time_point begin) {
     return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-// Whether the host may write a tensor where it goes.
-bool writes_in_place(const Device& device, bool to_host) {
-    return to_host || device.in_place();
-}
 
 }  // namespace
 
@@ -37,6 +33,7 @@ struct Engine::Flight {
     std::uint64_t nbytes;     // that leave the buffer
     bool enqueued;            // the buffer is in use until the lane's event has passed
     std::optional<Failure> failure;
+    std::shared_ptr<Event> begun;  // where the job is timed
 };
 
 // A staging buffer, and the event behind what was last enqueued from it.
@@ -81,7 +78,7 @@ class Engine::Worker {
         const Chunk& chunk = *task.chunk;
         const std::span segments(&job.cut_.segments[chunk.first_segment], chunk.n_segments);
         const std::uint32_t tensor = segments.front().tensor;
-        Flight flight{task, {}, 0, false, std::nullopt};
+        Flight flight{task, {}, 0, false, std::nullopt, nullptr};
         try {
             const auto bytes = place(lane, job, chunk, segments);
             if (!read(job, chunk, bytes)) return engine_.report(task, End::given_up);
@@ -98,6 +95,7 @@ class Engine::Worker {
         }
         if (!flight.enqueued) return land(std::move(flight));
         try {
+            if (flight.begun) lane.event = device_.make_event(true);
             stream_->record(*lane.event);  // also after a failure: what was enqueued uses the buffer
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, tensor);
@@ -105,12 +103,17 @@ class Engine::Worker {
         lane.flight = std::move(flight);
     }
 
+    // Whether the host may write a tensor where it goes, as nothing on the device has to be waited for or timed.
+    bool writes_in_place(const Job& job) const {
+        return job.to_host_ || (device_.in_place() && job.after_.empty() && !job.timed_);
+    }
+
     // Where a chunk is read to: the target, if it may be written there and lies in one piece, or else the buffer.
     std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk,
                                std::span<const Segment> segments) {
         const Segment& segment = segments.front();
         if (segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none &&
-            writes_in_place(device_, job.to_host_))
+            writes_in_place(job))
             return {pointer(job.targets_[segment.tensor] + segment.target_offset), chunk.nbytes};
         return lane.buffer.first(chunk.nbytes);
     }
@@ -148,7 +151,7 @@ class Engine::Worker {
             const TensorWork& tensor = job.tensors_[segment.tensor];
             if (tensor.decode != Decode::host || segment.target_nbytes == 0) continue;
             const auto function = reinterpret_cast<HostKernel>(tensor.kernel.handle);
-            std::byte* const target = writes_in_place(device_, job.to_host_)
+            std::byte* const target = writes_in_place(job)
                                           ? pointer(job.targets_[segment.tensor] + segment.target_offset)
                                           : &lane.buffer[segment.upload_offset];
             if (function(address(&lane.buffer[segment.source_offset]), address(target),
@@ -168,10 +171,11 @@ class Engine::Worker {
                 Flight& flight) {
         flight.begin = Clock::now();
         if (!job.begun_[index_]) {
-            for (const std::uint64_t handle : job.after_) stream_->wait(*device_.adopt_event(handle));
+            for (const auto& event : job.after_) stream_->wait(*event);
             job.begun_[index_] = true;
         }
-        const bool in_place = writes_in_place(device_, job.to_host_);
+        if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true)));
+        const bool in_place = writes_in_place(job);
         for (const Segment& segment : segments) {
             if (segment.target_nbytes == 0) continue;
             const TensorWork& tensor = job.tensors_[segment.tensor];
@@ -202,6 +206,10 @@ class Engine::Worker {
         } catch (const DeviceError& error) {
             const auto tensor = flight.task.job->cut_.segments[flight.task.chunk->first_segment].tensor;
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
+        }
+        if (flight.begun) {
+            const std::lock_guard lock(flight.task.job->mutex_);
+            flight.task.job->copies_[index_].emplace_back(flight.begun, lane.event);
         }
         if (device_.poisons()) std::ranges::fill(lane.buffer, poison);
         land(std::move(flight));
@@ -268,11 +276,13 @@ Engine::~Engine() {
     close();
 }
 
-void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::uint64_t> after) {
+void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch,
+                    std::vector<std::shared_ptr<Event>> after) {
     const std::lock_guard lock(mutex_);
     job->scratch_ = std::move(scratch);
     job->after_ = std::move(after);
     job->begun_.assign(options_.threads, false);
+    job->copies_.resize(options_.threads);
     jobs_.push_back(job);
     if (closing_)
         stop(*job);

@@ -52,9 +52,10 @@ class Point {
         changed_.wait(lock, [this] { return passed_; });
     }
 
-    std::optional<Clock::time_point> passed_at() {
+    std::optional<double> passed_at() {
         const std::lock_guard lock(mutex_);
-        return passed_ ? std::optional(passed_at_) : std::nullopt;
+        if (!passed_) return std::nullopt;
+        return std::chrono::duration<double>(passed_at_.time_since_epoch()).count();
     }
 
   private:
@@ -76,18 +77,17 @@ class HostEvent final : public Event {
         if (point_ != nullptr) point_->wait();
     }
     double seconds_since(Event& earlier) override {
-        const auto end = passed_at(), begin = static_cast<HostEvent&>(earlier).passed_at();
+        const auto end = passed_at(), begin = earlier.passed_at();
         if (!begin || !end) throw DeviceError("there is no time between events that have not passed", "");
-        return std::chrono::duration<double>(*end - *begin).count();
+        return *end - *begin;
     }
+    std::optional<double> passed_at() const override { return point_ ? point_->passed_at() : std::nullopt; }
     std::uint64_t handle() const noexcept override { return 0; }
 
     std::shared_ptr<Point> begin() { return point_ = std::make_shared<Point>(); }
     std::shared_ptr<Point> point() const { return point_; }
 
   private:
-    std::optional<Clock::time_point> passed_at() const { return point_ ? point_->passed_at() : std::nullopt; }
-
     std::shared_ptr<Point> point_;  // of the last recording
 };
 

@@ -7,12 +7,13 @@
 namespace asyncload {
 
 Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
-         Wake wake, bool to_host)
+         Wake wake, bool to_host, bool timed)
     : files_(std::move(files)),
       tensors_(std::move(tensors)),
       cut_(cut(tensors_, chunk_size)),
       wake_(wake),
       to_host_(to_host),
+      timed_(timed),
       groups_(tensors_.size()),
       targets_(tensors_.size()) {
     for (const Chunk& chunk : cut_.chunks)
@@ -49,6 +50,11 @@ Job::News Job::poll() {
 std::string Job::reading() const {
     const std::lock_guard lock(mutex_);
     return choice_ ? choice_->reason() : reading_;
+}
+
+Job::Copies Job::copies() const {
+    const std::lock_guard lock(mutex_);
+    return copies_;
 }
 
 Times Job::times() const {

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cut.h"
@@ -55,9 +56,10 @@ class Job : public std::enable_shared_from_this<Job> {
     };
 
     // Cuts the tensors into chunks; throws as `cut` does, and `std::system_error` where there is no descriptor left.
-    // `to_host`: the targets are memory of the host, whatever the device.
+    // `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded around the copies
+    // of each chunk.
     Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
-        Wake wake, bool to_host);
+        Wake wake, bool to_host, bool timed);
     Job(const Job&) = delete;
     Job& operator=(const Job&) = delete;
 
@@ -72,6 +74,9 @@ class Job : public std::enable_shared_from_this<Job> {
     // Closes the descriptor; for who has heard of the end.
     void close();
     Times times() const;
+    // By the engine's thread, the events before and behind each chunk's copies and kernels, where they are timed.
+    using Copies = std::vector<std::vector<std::pair<std::shared_ptr<Event>, std::shared_ptr<Event>>>>;
+    Copies copies() const;
 
   private:
     friend class Engine;
@@ -89,12 +94,13 @@ class Job : public std::enable_shared_from_this<Job> {
     const Cut cut_;
     const Wake wake_;
     const bool to_host_;
+    const bool timed_;
     std::vector<std::uint32_t> groups_;
 
     // Written before the first of a group's chunks is taken, under the engine's lock.
     std::vector<Address> targets_;      // by tensor
     std::vector<Address> scratch_;      // by the engine's thread
-    std::vector<std::uint64_t> after_;  // events that the streams wait for, on the device, before the first chunk
+    std::vector<std::shared_ptr<Event>> after_;  // that the streams wait for, on the device, before the first chunk
     std::vector<bool> begun_;           // by the engine's thread: its stream waits for them
 
     // The engine's, under its lock.
@@ -109,6 +115,7 @@ class Job : public std::enable_shared_from_this<Job> {
     Signal signal_;
     News news_;
     Times times_;
+    Copies copies_;
     std::string reading_;  // at the end
     Clock::time_point uploading_until_{};
 };

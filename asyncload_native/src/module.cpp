@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -141,6 +142,7 @@ void bind_devices(nb::module_& module) {
         .def("done", &Event::done, "Whether the work before it has ended; raises DeviceError if that failed.")
         .def("synchronize", &Event::synchronize, Unlocked(), "Sleeps until it has; raises DeviceError if it failed.")
         .def("seconds_since", &Event::seconds_since, "earlier"_a, "The time between two that have passed, in seconds.")
+        .def_prop_ro("passed_at", &Event::passed_at, "When it passed, in seconds of the host's clock, where that tells.")
         .def_prop_ro("handle", &Event::handle, "What other libraries know it by; 0 on the host.");
     nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.")
         .def("adopt_event", &Device::adopt_event, "handle"_a, "Somebody else's event, as long as its owner keeps it.");
@@ -235,11 +237,11 @@ void bind_job(nb::module_& module) {
         .value("CHUNK", Job::Wake::chunk);
     nb::class_<Job>(module, "Job", "One load.")
         .def(nb::new_([](std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
-                         Job::Wake wake, bool to_host) {
+                         Job::Wake wake, bool to_host, bool timed) {
                  return std::make_shared<Job>(std::vector<std::shared_ptr<const File>>(files.begin(), files.end()),
-                                              read_table(tensors), chunk_size, wake, to_host);
+                                              read_table(tensors), chunk_size, wake, to_host, timed);
              }),
-             "files"_a, "tensors"_a, "chunk_size"_a, "wake"_a, "to_host"_a,
+             "files"_a, "tensors"_a, "chunk_size"_a, "wake"_a, "to_host"_a, "timed"_a,
              "Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, "
              "where it\n"
              "is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, "
@@ -250,6 +252,7 @@ void bind_job(nb::module_& module) {
         .def("poll", &Job::poll, "What has happened since it was last asked.")
         .def("close", &Job::close, "Closes the descriptor; for who has heard of the end.")
         .def_prop_ro("reading", &Job::reading, "How its files are read, and why.")
+        .def("copies", &Job::copies, "By thread, events before and behind the copies of each chunk, if it is timed.")
         .def("times", &Job::times, "Where its time went, until now.");
 }
 
@@ -319,7 +322,7 @@ void bind_engine(nb::module_& module) {
         .def(
             "submit",
             [](Engine& engine, std::shared_ptr<Job> job, std::vector<Address> scratch,
-               std::vector<std::uint64_t> after) {
+               std::vector<std::shared_ptr<Event>> after) {
                 engine.submit(std::move(job), std::move(scratch), std::move(after));
             },
             "job"_a, "scratch"_a, "after"_a,
