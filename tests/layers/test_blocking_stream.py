@@ -10,7 +10,7 @@ import textwrap
 import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,19 @@ def test_what_a_thread_holds_when_the_stream_ends(six_layers: Six) -> None:
         except BaseException as error:  # noqa: BLE001 - it is what is looked at
             errors.append(error)
 
+    def end(layers: blocking.LayerStream) -> None:
+        with suppress(ClosedError):  # from when the stream is being closed
+            while True:
+                layers.join().close()
+        ended.set()
+
     with opened(six_layers[0]) as layers:
-        thread = threading.Thread(target=ride, args=(layers.join(),))
-        thread.start()
+        threads = [threading.Thread(target=ride, args=(layers.join(),)), threading.Thread(target=end, args=(layers,))]
+        threads[0].start()
         assert inside.wait(PATIENCE)
-    ended.set()
-    thread.join(PATIENCE)
+        threads[1].start()
+    for thread in threads:
+        thread.join(PATIENCE)
     assert [type(error) for error in errors] == [ClosedError]
 
 
