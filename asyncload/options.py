@@ -20,13 +20,16 @@ _PREFIX: Final = "ASYNCLOAD_"
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 _POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 # Measured: docs/design/0003-chunk-size-threads-depth.md and 0005-native-engine.md.
-_CHUNK_SIZE: Final = 4 << 20
-_CUDA_CHUNK_SIZE: Final = 16 << 20  # the Python engine's, for which each chunk costs some Python
+_CHUNK_SIZES: Final[Mapping[tuple[str, DeviceKind], int]] = {
+    ("python", "cuda"): 16 << 20,  # each chunk costs some Python
+    ("python", "host"): 4 << 20,
+    ("native", "cuda"): 6 << 20,
+    ("native", "host"): 4 << 20,
+}
 _BUFFERS: Final = 16
-_BUFFERS_PER_THREAD: Final = 2  # the native engine's: while one is copied, the next is read
+_BUFFERS_PER_THREAD: Final = 3  # the native engine's: while some are copied, the next is read
 _MOST_STAGING: Final = 480 << 20
-_THREADS: Final = 8  # of the Python engine: more fall behind, as they fill the last-level cache
-_NATIVE_THREADS: Final = 12
+_THREADS: Final = 8  # more fall behind, as they fill the last-level cache
 _STREAMS: Final = 2
 
 
@@ -57,12 +60,12 @@ class Options:
 
     ``engine`` moves the bytes: ``"native"``, the C++ threads of ``asyncload_native``, ``"python"``, or ``"auto"``: the
     former where it was built. What is not a local file is always read by the Python engine.
-    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB, and 16 MiB for the Python
-    engine with CUDA. ``staging`` (bytes) is the budget of all of them, read scratch included, 0 for two chunks a thread
-    (native), or 16 chunks and 480 MiB at most;
+    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB on the host; 6 MiB, and 16
+    MiB with the Python engine, for CUDA. ``staging`` (bytes) is the budget of all of them, read scratch included, 0 for
+    three chunks a thread (native), or 16 chunks, and 480 MiB at most;
     ``decode`` says where blocks become numbers: on the ``"device"``, on the ``"host"`` before they cross the bus, or
     ``"auto"``: on a CUDA device where it has a kernel, else on the host;
-    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 12 (native) or 8;
+    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8;
     ``streams`` the device streams of the Python engine, 0 for two (the native engine has one a thread);
     ``depth`` the chunks that may be under way on one of these; ``retries`` how often a read that failed for a passing
     reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
@@ -110,17 +113,13 @@ class Options:
 
     def suited_to(self, kind: DeviceKind) -> Options:
         """The same options with the sizes that suit a kind of device, and the engine, where they were left open."""
-        cores = len(os.sched_getaffinity(0))
-        if self.engine == "python":
-            chunk_size = self.chunk_size or (_CUDA_CHUNK_SIZE if kind == "cuda" else _CHUNK_SIZE)
-            threads, streams = self.threads or min(_THREADS, cores), self.streams or _STREAMS
-            staging = self.staging or max(min(_BUFFERS * chunk_size, _MOST_STAGING), 2 * chunk_size)
-        else:
-            chunk_size = self.chunk_size or _CHUNK_SIZE
-            threads = self.threads or min(_NATIVE_THREADS, cores)
-            staging = self.staging or max(
-                min(_BUFFERS_PER_THREAD * threads * chunk_size, _MOST_STAGING), 2 * chunk_size
-            )
+        native = self.engine != "python"
+        chunk_size = self.chunk_size or _CHUNK_SIZES["native" if native else "python", kind]
+        threads = self.threads or min(_THREADS, len(os.sched_getaffinity(0)))
+        buffers = _BUFFERS_PER_THREAD * threads if native else _BUFFERS
+        staging = self.staging or max(min(buffers * chunk_size, _MOST_STAGING), 2 * chunk_size)
+        streams = self.streams or _STREAMS
+        if native:  # each thread has a stream of its own, and at least one buffer
             streams = threads = min(threads, staging // chunk_size)
         return replace(self, chunk_size=chunk_size, staging=staging, threads=threads, streams=streams)
 

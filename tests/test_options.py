@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import pytest
 
 from asyncload.errors import OptionsError
-from asyncload.options import Options, format_size, parse_size
+from asyncload.options import DeviceKind, EngineOption, Options, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -38,8 +39,9 @@ def test_sizes_are_written_for_people() -> None:
         {"chunk_size": 1},
         {"chunk_size": (1 << 20) + 1},
         {"chunk_size": 1 << 20, "staging": 1 << 20},
-        {"threads": 0},
-        {"streams": 0},
+        {"threads": -1},
+        {"streams": -1},
+        {"engine": "rust"},
         {"depth": 0},
         {"retries": -1},
         {"retry_delay": -1.0},
@@ -53,16 +55,25 @@ def test_a_value_that_cannot_be_used_is_named(values: dict[str, Any]) -> None:
 
 
 def test_the_default_budget_is_at_most_512_mb() -> None:
-    for kind in ("cuda", "host"):
-        options = Options().suited_to(kind)
+    for kind, engine in product(get_args(DeviceKind), get_args(EngineOption)):
+        options = Options(engine=engine).suited_to(kind)
         assert 0 < options.buffers * options.chunk_size <= options.staging <= 512_000_000
 
 
 def test_sizes_that_were_left_open_suit_the_device() -> None:
     assert Options().suited_to("host").chunk_size < Options().suited_to("cuda").chunk_size
-    assert Options(staging=64 << 20).suited_to("cuda").buffers == 4
-    given = Options(chunk_size=1 << 20, staging=2 << 20)
+    assert Options(engine="python", staging=64 << 20).suited_to("cuda").buffers == 4
+    given = Options(chunk_size=1 << 20, staging=2 << 20, threads=1, streams=1)
     assert given.suited_to("cuda") == given.suited_to("host") == given
+
+
+def test_each_thread_of_the_native_engine_has_a_stream_and_a_buffer() -> None:
+    options = Options(engine="native", chunk_size=1 << 20, staging=3 << 20, threads=8, streams=2).suited_to("cuda")
+    assert (options.threads, options.streams, options.buffers) == (3, 3, 3)
+    assert options.scratch == 3 << 20
+
+
+def test_staging_that_holds_no_two_chunks_is_refused() -> None:
     with pytest.raises(OptionsError):
         Options(staging=1 << 20).suited_to("cuda")
 

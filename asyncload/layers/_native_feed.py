@@ -10,9 +10,9 @@ import anyio
 
 from asyncload.device import DeviceMemory, Event
 from asyncload.errors import ClosedError, CopyError
-from asyncload.layers._sweep import Fed
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
+from asyncload.layers._sweep import Fed
 from asyncload.memory import Allocation, Purpose
 from asyncload.pipeline import Engine, NativeBackend, Sink
 from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, LoadPlan, TensorPlan

@@ -21,6 +21,7 @@ RunBlocking = Callable[..., Awaitable[Any]]
 
 _FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
+_UNDISTURBED: Final = 0.001  # seconds of work that are not worth a pause
 
 
 class OpenedModel:
@@ -158,7 +159,7 @@ class Pause:
     """
 
     def __init__(self) -> None:
-        self._not_before = 0.0
+        self._not_before = time.perf_counter() + _UNDISTURBED
 
     def __call__(self) -> None:
         begin = time.perf_counter()

@@ -25,8 +25,8 @@ class VramTracker:
     """The ledger through which all memory of a device is allocated and freed.
 
     All methods may be called on any thread; those that say so block on the driver or wait for the device, as making a
-    tracker does. What was dropped is freed by a thread of the tracker's own, which runs as long as any allocation is
-    alive.
+    tracker does. What was dropped is freed by a thread of the tracker's own, which runs until the tracker is
+    closed and no allocation is alive.
     """
 
     def __init__(self, device: Device) -> None:
@@ -38,9 +38,13 @@ class VramTracker:
         self._ledger = Ledger(self._name)
         self._leaving: set[Entry] = set()  # being freed: the device may already give the address to somebody else
         self._outstanding = 0  # allocations that the thread still has to see
-        self._thread: threading.Thread | None = None  # alive as long as anything is outstanding
         self._failures: list[Exception] = []
         self._closed = False
+        # It runs from here on: starting a thread takes the interpreter lock twice, which a load can do without.
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run, name="asyncload-reclaim", daemon=True
+        )
+        self._thread.start()
 
     def allocate(self, nbytes: int, purpose: Purpose, description: str) -> Allocation:
         """Allocates ``nbytes`` bytes of device memory for a purpose; ``description`` says what they hold. Blocks.
@@ -103,9 +107,6 @@ class VramTracker:
             if other is None:
                 self._ledger.add(entry)
                 self._outstanding += 1
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="asyncload-reclaim", daemon=True)
-                    self._thread.start()
                 return
         # What the device gave is ours: its former owner has freed it and not closed his registration. Memory that we
         # hold already is a device gone wrong, of which freeing would take what is in use.
@@ -243,7 +244,7 @@ class VramTracker:
                 if isinstance(item, threading.Event):
                     item.set()
             with self._lock:
-                if self._outstanding == 0 and self._reclaim.empty():
+                if self._closed and self._outstanding == 0 and self._reclaim.empty():
                     self._thread = None
                     return
 

@@ -203,7 +203,7 @@ def test_empty_memory_costs_nothing(tracker: VramTracker, device: TroubledDevice
     empty.pop().close()
     empty.clear()
     tracker.flush()
-    assert (tracker.total, device.freed, tracker._thread) == (0, [], None)
+    assert (tracker.total, device.freed) == (0, [])
 
 
 def test_an_address_is_recorded_once(tracker: VramTracker, device: TroubledDevice) -> None:
@@ -401,19 +401,17 @@ def test_the_thread_outlives_errors_that_are_not_ours(tracker: VramTracker, devi
 # Ending
 
 
-def test_the_thread_runs_as_long_as_anything_is_allocated(tracker: VramTracker) -> None:
+def test_the_thread_runs_until_the_tracker_is_closed(device: TroubledDevice) -> None:
+    tracker = VramTracker(device)
+    thread = thread_of(tracker)
+    assert (thread.name, thread.daemon) == ("asyncload-reclaim", True)
     for _ in range(3):
-        assert tracker._thread is None
-        first, second = allocate(tracker), allocate(tracker)
-        thread = thread_of(tracker)
-        assert (thread.name, thread.daemon) == ("asyncload-reclaim", True)
-        first.close()
+        allocate(tracker).close()
         tracker.flush()
-        assert thread.is_alive()
-        second.close()
-        tracker.flush()
-        thread.join(TIMEOUT)
-        assert not thread.is_alive()
+        assert thread_of(tracker) is thread
+    tracker.close()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
 
 
 def test_allocations_outlive_the_closed_tracker_and_device(device: TroubledDevice) -> None:
