@@ -405,3 +405,9 @@ class LayerFeed:
 
     def close(self) -> None:
         """Waits for what is under way, and ends threads and streams."""
+
+def consume(feed: LayerFeed, device: Device, slots: Sequence[int], passes: int, kernel: int, amount: int) -> float:
+    """
+    Goes through a feed's layers without the interpreter, with a kernel for each, of one group of threads, that is
+    given the slot's address twice and ``amount``; returns the seconds. For measuring.
+    """

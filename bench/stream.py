@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, shape, slots in (("even", even, 2), ("uneven", uneven, 3)):
             race = Race(name, shape, slots, _points(shape), arguments.passes)
             for type_ in (GGMLType.BF16, GGMLType.Q4_K):
-                path = _write_model(Path(folder) / "model.gguf", shape, type_)
+                path = write_model(Path(folder) / "model.gguf", shape, type_)
                 rows += run_async(partial(_stream, path, type_, race, passes))
                 path.unlink()
             for peer in arguments.peers:
@@ -299,7 +299,7 @@ def _goals(rows: Sequence[Row]) -> list[str]:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _write_model(path: Path, shape: Shape, type_: GGMLType) -> Path:
+def write_model(path: Path, shape: Shape, type_: GGMLType) -> Path:
     """A file of the layers, of random content; what is in it does not matter to the copies."""
     tensors = [
         (f"blk.{layer}.{part}.weight", type_, size)

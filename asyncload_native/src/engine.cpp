@@ -23,7 +23,6 @@ double since(Clock::time_point begin) {
     return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-
 }  // namespace
 
 // A chunk on its way behind the buffer.
@@ -112,8 +111,7 @@ class Engine::Worker {
     std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk,
                                std::span<const Segment> segments) {
         const Segment& segment = segments.front();
-        if (segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none &&
-            writes_in_place(job))
+        if (segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none && writes_in_place(job))
             return {pointer(job.targets_[segment.tensor] + segment.target_offset), chunk.nbytes};
         return lane.buffer.first(chunk.nbytes);
     }
@@ -276,8 +274,7 @@ Engine::~Engine() {
     close();
 }
 
-void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch,
-                    std::vector<std::shared_ptr<Event>> after) {
+void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::shared_ptr<Event>> after) {
     const std::lock_guard lock(mutex_);
     job->scratch_ = std::move(scratch);
     job->after_ = std::move(after);

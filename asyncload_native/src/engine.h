@@ -41,8 +41,7 @@ class Engine {
 
     // Has a job's chunks moved as far as groups are admitted. `after`: see `Job`; `scratch`: device memory of a chunk's
     // size for each thread, or nothing where the device decodes nothing.
-    void submit(std::shared_ptr<Job> job, std::vector<Address> scratch,
-                std::vector<std::shared_ptr<Event>> after);
+    void submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::shared_ptr<Event>> after);
     // Lets the groups below `groups` be moved, for which the targets, from tensor `first` on, are given.
     void admit(Job& job, std::uint32_t groups, std::size_t first, const std::vector<Address>& targets);
     // Takes no further chunk of it; it ends once nothing of it is under way.

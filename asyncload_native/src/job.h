@@ -56,8 +56,8 @@ class Job : public std::enable_shared_from_this<Job> {
     };
 
     // Cuts the tensors into chunks; throws as `cut` does, and `std::system_error` where there is no descriptor left.
-    // `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded around the copies
-    // of each chunk.
+    // `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded around the
+    // copies of each chunk.
     Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
         Wake wake, bool to_host, bool timed);
     Job(const Job&) = delete;
@@ -98,10 +98,10 @@ class Job : public std::enable_shared_from_this<Job> {
     std::vector<std::uint32_t> groups_;
 
     // Written before the first of a group's chunks is taken, under the engine's lock.
-    std::vector<Address> targets_;      // by tensor
-    std::vector<Address> scratch_;      // by the engine's thread
+    std::vector<Address> targets_;               // by tensor
+    std::vector<Address> scratch_;               // by the engine's thread
     std::vector<std::shared_ptr<Event>> after_;  // that the streams wait for, on the device, before the first chunk
-    std::vector<bool> begun_;           // by the engine's thread: its stream waits for them
+    std::vector<bool> begun_;                    // by the engine's thread: its stream waits for them
 
     // The engine's, under its lock.
     std::size_t next_ = 0;         // chunk

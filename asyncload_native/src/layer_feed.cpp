@@ -51,8 +51,16 @@ LayerFeed::Feeding LayerFeed::feed(std::size_t layer, Address slot, std::vector<
                 streams_[index]->record(*feeding.arrived[index]);
             if (failure) throw DeviceError(*failure);
         });
+        const std::lock_guard lock(mutex_);
+        enqueued_ = feeding.number + 1;
+        changed_.notify_all();
     });
     return feeding;
+}
+
+void LayerFeed::wait(std::uint64_t number) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return enqueued_ > number; });
 }
 
 std::uint64_t LayerFeed::settle(std::vector<SharedEvent> events) {

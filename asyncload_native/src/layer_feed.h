@@ -42,8 +42,8 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
         std::string code;                    // and its name for it
     };
 
-    // `scratch`: device memory for each stream that the largest piece with a kernel fits, or nothing where there is none.
-    // `waiters`: threads that wait for events.
+    // `scratch`: device memory for each stream that the largest piece with a kernel fits, or nothing where there is
+    // none. `waiters`: threads that wait for events.
     LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, std::uint32_t streams,
               std::vector<Address> scratch, std::uint32_t waiters, int nice);
     ~LayerFeed();
@@ -59,6 +59,9 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     };
     // Has a layer, by its index, enqueued into a slot, behind events that are recorded by then.
     Feeding feed(std::size_t layer, Address slot, std::vector<SharedEvent> after);
+    // Waits until a feeding is enqueued, or has failed.
+    void wait(std::uint64_t number);
+    std::size_t layers() const noexcept { return layers_.size(); }
     // Has somebody wait until events have passed.
     std::uint64_t settle(std::vector<SharedEvent> events);
 
@@ -97,8 +100,10 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     const std::vector<Layer> layers_;
     const std::vector<Address> scratch_;
     std::vector<std::unique_ptr<Stream>> streams_;
-    std::mutex mutex_;  // over the next two
+    std::mutex mutex_;  // over the next four
+    std::condition_variable changed_;
     std::uint64_t next_ = 0;
+    std::uint64_t enqueued_ = 0;  // feedings below this number are
     std::vector<Ticket> done_;
     Signal signal_;
     Queue enqueuing_;

@@ -9,8 +9,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "build_info.h"
+#include "consumer.h"
 #include "cuda_device.h"
 #include "driver.h"
 #include "engine.h"
@@ -62,7 +64,10 @@ LayerFeed::Layer read_pieces(const Pieces& table) {
     LayerFeed::Layer pieces;
     for (std::size_t row = 0; row < table.shape(0); ++row) {
         const std::uint64_t* const column = &table(row, 0);
-        pieces.push_back({column[0], column[1], column[2], {column[3], static_cast<std::uint32_t>(column[4])},
+        pieces.push_back({column[0],
+                          column[1],
+                          column[2],
+                          {column[3], static_cast<std::uint32_t>(column[4])},
                           static_cast<std::int64_t>(column[5])});
     }
     return pieces;
@@ -142,7 +147,8 @@ void bind_devices(nb::module_& module) {
         .def("done", &Event::done, "Whether the work before it has ended; raises DeviceError if that failed.")
         .def("synchronize", &Event::synchronize, Unlocked(), "Sleeps until it has; raises DeviceError if it failed.")
         .def("seconds_since", &Event::seconds_since, "earlier"_a, "The time between two that have passed, in seconds.")
-        .def_prop_ro("passed_at", &Event::passed_at, "When it passed, in seconds of the host's clock, where that tells.")
+        .def_prop_ro("passed_at", &Event::passed_at,
+                     "When it passed, in seconds of the host's clock, where that tells.")
         .def_prop_ro("handle", &Event::handle, "What other libraries know it by; 0 on the host.");
     nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.")
         .def("adopt_event", &Device::adopt_event, "handle"_a, "Somebody else's event, as long as its owner keeps it.");
@@ -357,7 +363,8 @@ void bind_layer_feed(nb::module_& module) {
                                                     waiters, nice);
              }),
              "device"_a, "layers"_a, "streams"_a, "scratch"_a, "waiters"_a, "nice"_a,
-             "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of its\n"
+             "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of "
+             "its\n"
              "groups, and blocks, 0 for what is copied as it is.")
         .def("feed", &LayerFeed::feed, "layer"_a, "slot"_a, "after"_a,
              "Has a layer, by its index, enqueued into the slot at an address behind events.")
@@ -365,6 +372,16 @@ void bind_layer_feed(nb::module_& module) {
         .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is done.")
         .def("poll", &LayerFeed::poll, "What was done since it was last asked.")
         .def("close", &LayerFeed::close, Unlocked(), "Waits for what is under way, and ends threads and streams.");
+    module.def(
+        "consume",
+        [](LayerFeed& feed, Device& device, const std::vector<Address>& slots, unsigned passes, std::uint64_t kernel,
+           std::int64_t amount) {
+            return consume(feed, device, slots, passes, {kernel, std::numeric_limits<std::uint32_t>::max()}, amount);
+        },
+        "feed"_a, "device"_a, "slots"_a, "passes"_a, "kernel"_a, "amount"_a, Unlocked(),
+        "Goes through a feed's layers without the interpreter, with a kernel for each, of one group of threads, that "
+        "is\n"
+        "given the slot's address twice and ``amount``; returns the seconds. For measuring.");
 }
 
 }  // namespace

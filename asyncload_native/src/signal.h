@@ -12,7 +12,7 @@ class Signal {
     Signal& operator=(const Signal&) = delete;
 
     int descriptor() const noexcept { return descriptor_; }
-    void set();    // readable, until it is cleared
+    void set();  // readable, until it is cleared
     void clear();
     void close();  // for good
 

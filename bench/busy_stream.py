@@ -1,0 +1,214 @@
+"""A streaming sweep while Python threads spin: consumed in C++, and consumed in Python, each beside its own idle time.
+
+The layers go through slots as in ``bench.stream``; the work on each is a kernel that takes a fixed time, so that only
+who hands the layers out differs. Consumed in C++ no part of the sweep needs the interpreter. A Python consumer needs it
+for each layer, and may have to wait for it. Needs a CUDA device and the native engine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import anyio.to_thread
+
+from asyncload import read_header
+from asyncload.gguf import GGMLType
+from asyncload.layers import NativeSlabFeed, Slabs
+from asyncload.loader import LayerStream, Loader
+from asyncload.memory import Purpose
+from asyncload.plan import plan_memory
+from asyncload.source import open_source
+from asyncload.testing import SleepingKernel
+from bench._common import make_parser, print_table, run_async, write_record
+from bench._race import spinning
+from bench.stream import Shape, write_model
+
+_SPINNERS: Final = (0, 1, 4)  # a Python consumer would take minutes beside four
+_RATIOS: Final = (0.0, 0.5, 1.0, 2.0)
+_LARGEST: Final = 1.05  # of the idle wall, consumed in C++ beside one spinning thread
+_SOURCE: Final = r"""
+extern "C" __global__ void work(unsigned long long, unsigned long long, long long nanoseconds)
+{
+    long long begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - begin < nanoseconds);
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``wall`` seconds a pass, the median of ``runs``, and that over the same without a spinning thread."""
+
+    consumer: str
+    ratio: float
+    spinning: int
+    runs: list[float]
+    wall: float
+    of_idle: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__ or "", device=False, loads=False)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--width", type=int, default=8192)
+    parser.add_argument("--inner", type=int, default=12288)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=3, help="of which the median counts")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.layers, arguments.width, arguments.inner, arguments.passes = 6, 1024, 1280, 2
+    shape = Shape(arguments.width, (arguments.inner,) * arguments.layers)
+    rows: list[Row] = []
+    with TemporaryDirectory(prefix="asyncload-bench-") as folder:
+        for type_ in (GGMLType.BF16, GGMLType.Q4_K):
+            path = write_model(Path(folder) / "model.gguf", shape, type_)
+            rows += run_async(partial(_measure, path, type_.name, arguments.slots, arguments.passes))
+            path.unlink()
+    heading = ("consumer", "C/T", "spinning", "seconds a pass", "of idle")
+    cells = [(row.consumer, row.ratio, row.spinning, f"{row.wall:.4f}", f"{row.of_idle:.3f}") for row in rows]
+    print_table("Passes while Python threads spin", [heading, *cells])
+    goals = [
+        f"{row.consumer}, C/T {row.ratio}: {row.of_idle:.3f} of its idle wall, "
+        f"{'at' if row.of_idle <= _LARGEST else 'NOT at'} most {_LARGEST}"
+        for row in rows
+        if row.spinning == 1 and row.consumer.endswith("C++")
+    ]
+    for goal in goals:
+        print(goal)
+    write_record(arguments.json, "busy_stream", {"rows": [*map(asdict, rows)], "goals": goals})
+    return 0
+
+
+async def _measure(path: Path, name: str, slots: int, passes: int) -> list[Row]:
+    """Both consumers of one model."""
+    async with Loader("cuda") as loader:
+        await loader.warm_up(["bf16"])
+        rows = await _consumed_in_cpp(loader, path, name, slots, passes)
+        stream = loader.stream(path, dtype="bf16", slots=slots, allow=["stream"], host="slabs", workspace=0, kv_bytes=0)
+        async with stream as layers:
+            rows += await _consumed_in_python(layers, name, slots, passes, [row.wall for row in rows[:1]][0])
+    return rows
+
+
+async def _consumed_in_cpp(loader: Loader, path: Path, name: str, slots: int, passes: int) -> list[Row]:
+    async with _open_feed(loader, path, slots) as (feed, addresses, n_layers):
+        native: Any = import_module("asyncload_native")
+        backend = loader._active().native
+        assert backend is not None
+        code, kernel = _compile(backend.device.info.index)
+
+        async def sweep(nanoseconds: int) -> float:
+            consume = partial(
+                native.consume,
+                feed,
+                backend.device.native(),
+                addresses,
+                passes=1,
+                kernel=kernel,
+                amount=nanoseconds,
+            )
+            return float(await anyio.to_thread.run_sync(consume))
+
+        await sweep(0)
+        copy = statistics.median([await sweep(0) for _ in range(passes)]) / n_layers
+        rows: list[Row] = []
+        for ratio in _RATIOS:
+            rows += await _beside_spinners(
+                f"{name}, {slots} slots, C++", ratio, passes, partial(sweep, int(copy * ratio * 1e9)), _SPINNERS
+            )
+        del code
+    return rows
+
+
+async def _consumed_in_python(layers: LayerStream, name: str, slots: int, passes: int, copies: float) -> list[Row]:
+    kernel = SleepingKernel()
+    stream = kernel.stream()
+
+    async def sweep(seconds: float) -> float:
+        begin = time.perf_counter()
+        async for layer in layers:
+            with layer.on(stream):
+                kernel.sleep(stream, seconds)
+        await anyio.to_thread.run_sync(stream.sync)
+        return time.perf_counter() - begin
+
+    await sweep(0.0)
+    rows: list[Row] = []
+    for ratio in _RATIOS:
+        seconds = copies / len(layers.plan.layers) * ratio
+        consumer = f"{name}, {slots} slots, Python"
+        rows += await _beside_spinners(consumer, ratio, passes, partial(sweep, seconds), _SPINNERS[:2])
+    return rows
+
+
+async def _beside_spinners(
+    consumer: str, ratio: float, passes: int, sweep: Callable[[], Awaitable[float]], spinners: Sequence[int]
+) -> list[Row]:
+    rows: list[Row] = []
+    for count in spinners:
+        with spinning(count):
+            runs = [await sweep() for _ in range(passes)]
+        wall = statistics.median(runs)
+        rows.append(Row(consumer, ratio, count, runs, wall, wall / (rows[0].wall if rows else wall)))
+    return rows
+
+
+@asynccontextmanager
+async def _open_feed(loader: Loader, path: Path, slots: int) -> AsyncGenerator[tuple[Any, list[int], int]]:
+    """The C++ feed of a model's layers, and the addresses of slots for it, with nobody else who uses them."""
+    engine, header = loader._active(), await read_header(path)
+    assert engine.native is not None
+    plan = plan_memory(
+        header,
+        free=loader.device.memory().free,
+        dtype="bf16",
+        slots=slots,
+        allow=["stream"],
+        workspace=0,
+        kv_bytes=0,
+        device=loader.device.info.kind,
+        options=engine.options,
+    )
+    layers = [*plan.layers.values()]
+    source = open_source(path)
+    memory = [engine.tracker.allocate(plan.slot_nbytes, Purpose.SLOTS, f"slot {slot}") for slot in range(slots)]
+    feed = NativeSlabFeed(engine, engine.native, Slabs(engine, layers), layers, waiters=1, wait=_never)
+    try:
+        await feed.fill([source])
+        yield feed._feed, [slot.address for slot in memory], len(layers)
+    finally:
+        await anyio.to_thread.run_sync(feed.close)
+        source.close()
+        for slot in memory:
+            slot.close()
+
+
+async def _never(events: Sequence[Any]) -> None:
+    raise AssertionError(events)
+
+
+def _compile(index: int) -> tuple[Any, int]:
+    """The code, to be kept, and the kernel's address."""
+    core, driver = import_module("cuda.core"), import_module("cuda.bindings.driver")
+    device = core.Device(index)
+    device.set_current()
+    options = core.ProgramOptions(std="c++17", arch=f"sm_{device.arch}")
+    code = core.Program(_SOURCE, "c++", options).compile("cubin")
+    result, function = driver.cuKernelGetFunction(code.get_kernel("work").handle)
+    assert int(result) == 0, result
+    return code, int(function)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
