@@ -97,7 +97,7 @@ async def _measure(path: Path, name: str, slots: int, passes: int) -> list[Row]:
         rows = await _consumed_in_cpp(loader, path, name, slots, passes)
         stream = loader.stream(path, dtype="bf16", slots=slots, allow=["stream"], host="slabs", workspace=0, kv_bytes=0)
         async with stream as layers:
-            rows += await _consumed_in_python(layers, name, slots, passes, [row.wall for row in rows[:1]][0])
+            rows += await _consumed_in_python(layers, name, slots, passes, rows[0].wall)
     return rows
 
 
@@ -120,12 +120,12 @@ async def _consumed_in_cpp(loader: Loader, path: Path, name: str, slots: int, pa
             )
             return float(await anyio.to_thread.run_sync(consume))
 
-        await sweep(0)
-        copy = statistics.median([await sweep(0) for _ in range(passes)]) / n_layers
+        await sweep(1)
+        copy = statistics.median([await sweep(1) for _ in range(passes)]) / n_layers
         rows: list[Row] = []
         for ratio in _RATIOS:
             rows += await _beside_spinners(
-                f"{name}, {slots} slots, C++", ratio, passes, partial(sweep, int(copy * ratio * 1e9)), _SPINNERS
+                f"{name}, {slots} slots, C++", ratio, passes, partial(sweep, max(1, int(copy * ratio * 1e9))), _SPINNERS
             )
         del code
     return rows
