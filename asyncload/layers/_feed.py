@@ -12,7 +12,7 @@ from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed
 from asyncload.memory import Allocation, Purpose
 from asyncload.pipeline import Engine, Sink
-from asyncload.plan import Decode, LayerPlan, TensorPlan
+from asyncload.plan import Decode, LayerPlan, TensorPlan, cut_tensor
 from asyncload.source import Source
 from asyncload.threads import Threads
 
@@ -89,14 +89,12 @@ class SlabFeed:
         offset: int,
         lanes: Iterator[tuple[Stream, Allocation]],
     ) -> None:
-        type_, before, after = tensor.info.type, tensor.info.type.type_size, tensor.block_nbytes
-        n_blocks, step = tensor.info.nbytes // before, self._piece // before
-        for start in range(0, n_blocks, step):
-            count = min(step, n_blocks - start)
+        for piece in cut_tensor(tensor, self._piece):
             stream, scratch = next(lanes)
-            packed = scratch.memory.part(0, count * before)
-            stream.upload(packed, 0, slab, offset + start * before, packed.nbytes)
-            stream.decode(type_, tensor.dtype, packed, target.part(start * after, count * after))
+            packed = scratch.memory.part(0, piece.nbytes)
+            stream.upload(packed, 0, slab, offset + piece.offset, piece.nbytes)
+            decoded = target.part(piece.target_offset, piece.target_nbytes)
+            stream.decode(tensor.info.type, tensor.dtype, packed, decoded)
 
     def close(self) -> None:
         """Waits for what is under way and ends thread, streams, scratch and slabs; blocks.

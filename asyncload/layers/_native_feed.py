@@ -15,7 +15,7 @@ from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed
 from asyncload.memory import Allocation, Purpose
 from asyncload.pipeline import Engine, NativeBackend, Sink
-from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, LoadPlan, TensorPlan
+from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, LoadPlan, TensorPlan, cut_tensor
 from asyncload.source import Source
 
 __all__ = ["NativeSlabFeed"]
@@ -102,13 +102,10 @@ class NativeSlabFeed:
             if tensor.decode is not Decode.DEVICE:
                 yield slab.address + offset, tensor.nbytes, at, 0, 0, 0
                 continue
-            type_, before, after = tensor.info.type, tensor.info.type.type_size, tensor.block_nbytes
-            kernel = self._device.native_kernel(type_, tensor.dtype)
-            n_blocks, step = tensor.info.nbytes // before, self._piece // before
-            for start in range(0, n_blocks, step):
-                count = min(step, n_blocks - start)
-                source = slab.address + offset + start * before
-                yield source, count * before, at + start * after, *kernel, count
+            kernel = self._device.native_kernel(tensor.info.type, tensor.dtype)
+            for piece in cut_tensor(tensor, self._piece):
+                source, count = slab.address + offset + piece.offset, piece.nbytes // tensor.info.type.type_size
+                yield source, piece.nbytes, at + piece.target_offset, *kernel, count
 
     async def fill(self, sources: Sequence[Source]) -> None:
         """Reads all layers into their slabs."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import anyio
 
 from asyncload.device import StagingMemory
 from asyncload.pipeline import Engine, read_patiently
-from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, TensorPlan
+from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, Piece, TensorPlan, cut_tensor
 from asyncload.quant import decode
 from asyncload.source import BlockingSource, Source, check_read
 
@@ -59,46 +58,32 @@ class Slabs:
             raise errors[0]
 
     def _reads(self, sources: Sequence[Source]) -> Iterator[Callable[[], Awaitable[None]]]:
-        """Pieces of work that a thread does in one go."""
+        """Reads that a thread makes in one go."""
         for layer in self._layers:
             for tensor, offset, _ in places(layer):
-                slab, info = self._memory[layer.number].view[offset:], tensor.info
-                by_host = tensor.decode is Decode.HOST
-                before, after = (info.type.type_size, tensor.block_nbytes) if by_host else (1, 1)
-                step = max(1, self._engine.python.options.chunk_size // (before + after)) * before
-                for start in range(0, info.nbytes, step):
-                    nbytes = min(step, info.nbytes - start)
-                    target = slab[start // before * after : (start + nbytes) // before * after]
-                    piece = _Piece(tensor, sources[info.part], info.offset + start, nbytes, target)
-                    yield partial(piece.read, self._engine)
+                slab, source = self._memory[layer.number].view[offset:], sources[tensor.info.part]
+                for piece in cut_tensor(tensor, self._engine.python.options.chunk_size):
+                    yield partial(self._read, tensor, piece, source, slab)
+
+    async def _read(self, tensor: TensorPlan, piece: Piece, source: Source, slab: memoryview) -> None:
+        """Reads a piece to its place in the tensor's part of a slab, decoded if the host decodes."""
+        offset, readers = tensor.info.offset + piece.offset, self._engine.python.readers
+        check_read(source, offset, piece.nbytes)
+        by_host = tensor.decode is Decode.HOST
+        buffer = memoryview(bytearray(piece.nbytes)) if by_host else slab[piece.offset :][: piece.nbytes]
+        if isinstance(source, BlockingSource):
+            await readers.run(source.read_into_blocking, offset, buffer)
+        else:
+            await source.read_into(offset, buffer)
+        if by_host:
+            target = slab[piece.target_offset :][: piece.target_nbytes]
+            await readers.run(decode, tensor.info.type, tensor.dtype, buffer, target)
 
     def close(self) -> None:
         """Gives the memory back; no copy reads it any more. Blocks."""
         for memory in self._memory.values():
             memory.close()
         self._memory.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """``nbytes`` of a tensor at ``offset`` of its source, and where they go, decoded if the host decodes."""
-
-    tensor: TensorPlan
-    source: Source
-    offset: int
-    nbytes: int
-    target: memoryview
-
-    async def read(self, engine: Engine) -> None:
-        check_read(self.source, self.offset, self.nbytes)
-        by_host = self.tensor.decode is Decode.HOST
-        buffer = memoryview(bytearray(self.nbytes)) if by_host else self.target
-        if isinstance(self.source, BlockingSource):
-            await engine.python.readers.run(self.source.read_into_blocking, self.offset, buffer)
-        else:
-            await self.source.read_into(self.offset, buffer)
-        if by_host:
-            await engine.python.readers.run(decode, self.tensor.info.type, self.tensor.dtype, buffer, self.target)
 
 
 def places(layer: LayerPlan) -> Iterator[tuple[TensorPlan, int, int]]:

@@ -9,7 +9,7 @@ its cache and its workspace fit.
 
 from __future__ import annotations
 
-from asyncload.plan._chunks import Chunk, Segment
+from asyncload.plan._chunks import Chunk, Piece, Segment, cut_tensor
 from asyncload.plan._estimate import estimate_full, estimate_layer, estimate_prefill_cache, estimate_streaming
 from asyncload.plan._kv_cache import KV_TYPES, KVCache, kv_cache
 from asyncload.plan._load import DtypeSpec, LoadPlan, all_kernels, plan_load
@@ -33,6 +33,7 @@ __all__ = [
     "LoadPlan",
     "Mode",
     "ModelShape",
+    "Piece",
     "Placement",
     "Plan",
     "PrefillDtype",
@@ -41,6 +42,7 @@ __all__ = [
     "Suggestion",
     "TensorPlan",
     "all_kernels",
+    "cut_tensor",
     "estimate_full",
     "estimate_layer",
     "estimate_prefill_cache",

@@ -17,7 +17,7 @@ from typing import Final
 from asyncload.errors import PlanError
 from asyncload.plan._tensor import Decode, TensorPlan
 
-__all__ = ["Chunk", "Segment", "cut_chunks"]
+__all__ = ["Chunk", "Piece", "Segment", "cut_chunks", "cut_tensor"]
 
 # Decoded bytes start on a cache line, and so does every read.
 _ALIGNMENT: Final = 64
@@ -69,6 +69,37 @@ class Chunk:
     def target_nbytes(self) -> int:
         """Bytes of tensors that they become on the device."""
         return sum(segment.target_nbytes for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``nbytes`` at ``offset`` of a tensor in the file, and which bytes of the tensor on the device they are there."""
+
+    offset: int
+    nbytes: int
+    target_offset: int
+    target_nbytes: int
+
+
+def cut_tensor(tensor: TensorPlan, room: int) -> Iterator[Piece]:
+    """Cuts a tensor into pieces of at most ``room`` bytes, whole blocks where it is decoded.
+
+    Where the host decodes, the decoded bytes lie beside the others, and count too. Raises ``PlanError`` if one block
+    does not fit.
+    """
+    info, by_host = tensor.info, tensor.decode is Decode.HOST
+    # the bytes of one block before and after decoding; what is not decoded may be cut anywhere
+    before, after = (
+        (_ALIGNMENT, _ALIGNMENT) if tensor.decode is Decode.NONE else (info.type.type_size, tensor.block_nbytes)
+    )
+    needed = before + (after if by_host else 0)
+    blocks = (room - (_ALIGNMENT if by_host else 0)) // needed
+    if blocks <= 0:
+        raise PlanError(f"{info.name}: one block takes {needed} bytes, more than a chunk of {room}")
+    step = blocks * before
+    for start in range(0, info.nbytes, step):
+        nbytes = min(step, info.nbytes - start)
+        yield Piece(start, nbytes, start // before * after, nbytes * after // before)
 
 
 def cut_chunks(tensors: Sequence[TensorPlan], chunk_size: int, skip: Collection[int] = ()) -> Iterator[Chunk]:
@@ -126,21 +157,12 @@ def _shared_chunk(tensors: Sequence[TensorPlan], indices: Sequence[int], group: 
 
 
 def _split(tensor: TensorPlan, index: int, group: int, chunk_size: int) -> Iterator[Chunk]:
-    info, by_host = tensor.info, tensor.decode is Decode.HOST
-    # the bytes of one block before and after decoding; what is not decoded may be cut anywhere
-    before, after = (
-        (_ALIGNMENT, _ALIGNMENT) if tensor.decode is Decode.NONE else (info.type.type_size, tensor.block_nbytes)
-    )
-    needed = before + (after if by_host else 0)
-    blocks = (chunk_size - (_ALIGNMENT if by_host else 0)) // needed
-    if blocks == 0:
-        raise PlanError(f"{info.name}: one block takes {needed} bytes, more than a chunk of {chunk_size}")
-    step = blocks * before
-    for start in range(0, info.nbytes, step):
-        nbytes = min(step, info.nbytes - start)
-        target = start // before * after, nbytes * after // before
-        upload = (_align(nbytes), target[1]) if by_host else (0, nbytes)
-        yield Chunk(group, info.part, info.offset + start, nbytes, (Segment(index, 0, nbytes, *upload, *target),))
+    info = tensor.info
+    for piece in cut_tensor(tensor, chunk_size):
+        by_host = tensor.decode is Decode.HOST
+        upload = (_align(piece.nbytes), piece.target_nbytes) if by_host else (0, piece.nbytes)
+        segment = Segment(index, 0, piece.nbytes, *upload, piece.target_offset, piece.target_nbytes)
+        yield Chunk(group, info.part, info.offset + piece.offset, piece.nbytes, (segment,))
 
 
 def _decoded_nbytes(tensor: TensorPlan) -> int:
