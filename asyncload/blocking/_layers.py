@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -31,13 +31,15 @@ class Layer(Mapping[str, Tensor]):
     @contextmanager
     def on(self, stream: object = None) -> Generator[Self]:
         """``asyncload.Layer.on``."""
-        block = self._layer.on(stream)  # entered and left on the loop's thread, where layers are counted
+        block = ExitStack()  # entered and left on the loop's thread, where layers are counted
         try:
-            at_once(self._portal, block.__enter__)
+            at_once(self._portal, block.enter_context, self._layer.on(stream))
             yield self
         finally:
-            with suppress(ClosedError):  # the loop has ended, and the layers with it
-                at_once(self._portal, block.__exit__, None, None, None)
+            try:
+                at_once(self._portal, block.close)
+            except ClosedError:  # the loop has ended, and nobody counts there any more
+                block.close()
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor by its name within the layer; raises ``TensorNotFoundError``, ``ClosedError`` outside of ``on``."""

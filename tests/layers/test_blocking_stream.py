@@ -10,7 +10,7 @@ import textwrap
 import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,33 +134,35 @@ def test_a_thread_that_stalls_is_left_behind(six_layers: Six) -> None:
             next(slow)
 
 
-def test_what_a_thread_holds_when_the_stream_ends(six_layers: Six) -> None:
-    inside, ended = threading.Event(), threading.Event()
-    errors: list[BaseException] = []
+@pytest.mark.parametrize("outlasts", [False, True])
+def test_a_block_that_another_thread_is_in_when_the_stream_ends(six_layers: Six, *, outlasts: bool) -> None:
+    """It is waited for, up to the limit, and ends well also when everything else has ended."""
+    inside, stream_ended, block_ends = (threading.Event() for _ in range(3))
+    device = HostDevice()
 
-    def ride(place: blocking.LayerRide) -> None:
-        try:
-            with place, next(place).on():
-                inside.set()
-                assert ended.wait(PATIENCE)
+    def ride(layers: blocking.LayerStream, place: blocking.LayerRide) -> None:
+        with next(place).on() as layer:
+            inside.set()
+            if outlasts:
+                assert stream_ended.wait(PATIENCE)
+            else:
+                with pytest.raises(ClosedError):
+                    while True:
+                        layers.join().close()
+            assert layer["attn_q.weight"].numpy().size
+            block_ends.set()
+        with pytest.raises(ClosedError):
             next(place)
-        except BaseException as error:  # noqa: BLE001 - it is what is looked at
-            errors.append(error)
+        place.close()
 
-    def end(layers: blocking.LayerStream) -> None:
-        with suppress(ClosedError):  # from when the stream is being closed
-            while True:
-                layers.join().close()
-        ended.set()
-
-    with opened(six_layers[0]) as layers:
-        threads = [threading.Thread(target=ride, args=(layers.join(),)), threading.Thread(target=end, args=(layers,))]
-        threads[0].start()
-        assert inside.wait(PATIENCE)
-        threads[1].start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert [type(error) for error in errors] == [ClosedError]
+    with ThreadPoolExecutor(1) as threads:
+        options = replace(SMALL, stall_limit=0.05 if outlasts else PATIENCE)
+        with blocking.stream(six_layers[0], device=device, options=options, slots=2, allow=["stream"]) as layers:
+            riding = threads.submit(ride, layers, layers.join())
+            assert inside.wait(PATIENCE)
+        assert block_ends.is_set() != outlasts
+        stream_ended.set()
+        riding.result(PATIENCE)
 
 
 def test_an_error_in_the_body_ends_everything(six_layers: Six) -> None:
@@ -202,7 +204,7 @@ from asyncload.device import HostDevice
 from asyncload.options import Options
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
 device = HostDevice()
-options = Options(chunk_size=64 << 10, staging=256 << 10, threads=2)
+options = Options(engine="python", chunk_size=64 << 10, staging=256 << 10, threads=2)
 uploads = 0
 
 def interrupt():
