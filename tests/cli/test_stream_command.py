@@ -67,8 +67,9 @@ def test_text_has_the_plan_and_a_line_for_each_pass(tiny_model: Path, capsys: py
 
 
 def test_a_trace_has_streams_slots_and_threads(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ASYNCLOAD_ENGINE", "python")
     path = tmp_path / "trace.json"
     path.write_text("what was there before")
     stream(capsys, tiny_model, "--mode", "stream", "--trace", path, "--host", "file", "--passes", "2")
@@ -106,3 +107,20 @@ def test_what_does_not_fit_is_one_line(tiny_model: Path, capsys: pytest.CaptureF
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert "available of 1.0 MiB free" in captured.err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("host", ["slabs", "file"])
+def test_passes_on_a_gpu(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], host: str) -> None:
+    trace = tmp_path / "trace.json"
+    arguments = ("--mode", "stream", "--dtype", "bf16", "--host", host, "--trace", str(trace), "--json")
+    assert main(["stream", str(tiny_model), "--device", "cuda:0", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["mode"], found["device"], found["host"]) == ("stream", "cuda:0", host)
+    assert len(found["passes"]) == 3
+    for figures in found["passes"]:
+        assert figures["wall"] >= figures["lower_bound"] - 1e-6 > 0  # the device counts half microseconds
+    events = json.loads(trace.read_text())["traceEvents"]
+    rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"copy stream 0", "compute", "slot 0", "slot 1"} <= rows
+    assert any(name.startswith("thread asyncload-") for name in rows)

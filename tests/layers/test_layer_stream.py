@@ -33,6 +33,7 @@ from asyncload.layers import Fed, Layer, Slot
 from asyncload.loader import LayerRide, LayerStream, Loader
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Tensor
+from asyncload.options import EngineOption
 from asyncload.plan import LayerPlan
 from asyncload.source import open_source
 from asyncload.testing import FaultySource, random_blocks, write_gguf
@@ -661,3 +662,26 @@ async def test_no_more_is_taken_than_the_plan_says(
             assert total <= layers.plan.total
             assert await sweep(layers) == (ORDER, layers_only(six_layers[1]))
             await run_in_thread(stream.close)
+
+
+@pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=pytest.mark.native)])
+@pytest.mark.parametrize("mode", ["full", "stream"])
+async def test_the_plan_counts_the_scratch_of_whatever_loads_what_stays(
+    six_layers: Six, nothing_left: Any, *, mode: str, engine: EngineOption
+) -> None:
+    sizes: list[int] = []
+    device = HostDevice()
+
+    def count(nbytes: int) -> None:
+        memory = device.memory()
+        sizes.append(memory.total - memory.free + nbytes)
+
+    device.on_allocate = count
+    options = replace(SMALL, decode="device", threads=4, engine=engine)  # the native engine has a stream a thread
+    async with (
+        Loader(device, options=options) as loader,
+        nothing_left(loader),
+        open_stream(loader, six_layers[0], allow=[mode]) as layers,
+    ):
+        assert await sweep(layers) == (ORDER, layers_only(six_layers[1]))
+        assert max(sizes) <= layers.plan.total
