@@ -168,9 +168,9 @@ class Engine::Worker {
     void upload(const Lane& lane, Job& job, std::span<const Segment> segments, std::span<std::byte> bytes,
                 Flight& flight) {
         flight.begin = Clock::now();
-        if (!job.begun_[index_]) {
+        if (job.begun_[index_] == 0) {
             for (const auto& event : job.after_) stream_->wait(*event);
-            job.begun_[index_] = true;
+            job.begun_[index_] = 1;
         }
         if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true)));
         const bool in_place = writes_in_place(job);
@@ -278,7 +278,7 @@ void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std:
     const std::lock_guard lock(mutex_);
     job->scratch_ = std::move(scratch);
     job->after_ = std::move(after);
-    job->begun_.assign(options_.threads, false);
+    job->begun_.assign(options_.threads, 0);
     job->copies_.resize(options_.threads);
     jobs_.push_back(job);
     if (closing_)
