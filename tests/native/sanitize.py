@@ -21,7 +21,9 @@ FAULTS = {
 }
 SUPPRESSIONS = Path(__file__).with_name("thread.supp")
 # What is found in passing; whatever else AddressSanitizer reports has ended the process.
-PASSING = re.compile(r"^WARNING: ThreadSanitizer.*?^SUMMARY[^\n]*\n|^(?:Direct|Indirect) leak of .*?\n\n", re.M | re.S)
+PASSING = re.compile(
+    r"^WARNING: ThreadSanitizer.*?^SUMMARY[^\n]*\n|^(?:Direct|Indirect) leak of .*?\n\n", re.MULTILINE | re.DOTALL
+)
 OURS = re.compile(r"/asyncload_native/src/|/stub_cuda\.cpp:|\basyncload::")
 WIDTH = 200  # of a report's lines: templates have long names
 
