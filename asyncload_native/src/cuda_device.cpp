@@ -50,7 +50,7 @@ class CudaStream final : public Stream {
         driver.cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING);
     }
     ~CudaStream() override {
-        driver_.cuStreamSynchronize.result(stream_);
+        drain();
         driver_.cuStreamDestroy.result(stream_);
     }
     CudaStream(const CudaStream&) = delete;
@@ -71,6 +71,8 @@ class CudaStream final : public Stream {
     void wait(Event& event) override { driver_.cuStreamWaitEvent(stream_, static_cast<CudaEvent&>(event).event(), 0); }
 
     void record(Event& event) override { driver_.cuEventRecord(static_cast<CudaEvent&>(event).event(), stream_); }
+
+    void drain() noexcept override { driver_.cuStreamSynchronize.result(stream_); }
 
     std::uint64_t handle() const noexcept override { return reinterpret_cast<std::uint64_t>(stream_); }
 

@@ -54,7 +54,6 @@ class Engine::Worker {
     void run() {
         name_thread("asyncload-worker");
         lower_priority(engine_.options_.nice);
-        device_.attach();
         for (;;) {
             Lane& lane = lanes_[next_];
             if (lane.flight) land(lane);
@@ -79,6 +78,7 @@ class Engine::Worker {
         const std::uint32_t tensor = segments.front().tensor;
         Flight flight{task, {}, 0, false, std::nullopt, nullptr};
         try {
+            device_.attach();
             const auto bytes = place(lane, job, chunk, segments);
             if (!read(job, chunk, bytes)) return engine_.report(task, End::given_up);
             if (!decode(lane, job, segments))
@@ -98,6 +98,7 @@ class Engine::Worker {
             stream_->record(*lane.event);  // also after a failure: what was enqueued uses the buffer
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, tensor);
+            stream_->drain();
         }
         lane.flight = std::move(flight);
     }
@@ -204,6 +205,7 @@ class Engine::Worker {
         } catch (const DeviceError& error) {
             const auto tensor = flight.task.job->cut_.segments[flight.task.chunk->first_segment].tensor;
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
+            stream_->drain();  // it may be that only the waiting failed
         }
         if (flight.begun) {
             const std::lock_guard lock(flight.task.job->mutex_);

@@ -123,6 +123,12 @@ class HostStream final : public Stream {
         });
     }
 
+    void drain() noexcept override {
+        const auto point = std::make_shared<Point>();
+        push([point] { point->pass(std::nullopt); });
+        point->wait_for_end();
+    }
+
     std::uint64_t handle() const noexcept override { return 0; }
 
   private:

@@ -11,10 +11,9 @@ LayerFeed::LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, 
     : device_(std::move(device)), layers_(std::move(layers)), scratch_(std::move(scratch)) {
     device_->attach();
     for (std::uint32_t index = 0; index < streams; ++index) streams_.push_back(device_->open_stream());
-    const auto begin = [this, nice] {
+    const auto begin = [nice] {
         name_thread("asyncload-layers");
         lower_priority(nice);
-        device_->attach();
     };
     enqueuing_.start(1, begin);
     waiting_.start(waiters, begin);
@@ -47,8 +46,14 @@ LayerFeed::Feeding LayerFeed::feed(std::size_t layer, Address slot, std::vector<
                 failure = error;
             }
             // also after a failure: what was enqueued uses the slot
-            for (std::size_t index = 0; index < streams_.size(); ++index)
-                streams_[index]->record(*feeding.arrived[index]);
+            for (std::size_t index = 0; index < streams_.size(); ++index) {
+                try {
+                    streams_[index]->record(*feeding.arrived[index]);
+                } catch (const DeviceError& error) {
+                    if (!failure) failure = error;
+                    streams_[index]->drain();
+                }
+            }
             if (failure) throw DeviceError(*failure);
         });
         const std::lock_guard lock(mutex_);
@@ -102,6 +107,7 @@ void LayerFeed::copy(const Layer& layer, Address slot) {
 void LayerFeed::perform(std::uint64_t number, const std::function<void()>& work) {
     Ticket ticket{number, std::nullopt, {}};
     try {
+        device_->attach();
         work();
     } catch (const DeviceError& error) {
         ticket.failure = error.what();

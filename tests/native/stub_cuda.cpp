@@ -150,12 +150,17 @@ CUresult count(const std::string& function) {
     return SUCCESS;
 }
 
-// What every call on a context begins with.
-CUresult enter(const char* function) {
+// What every call that gives something back begins with; it does so whatever failed on the device.
+CUresult enter_to_free(const char* function) {
     if (const CUresult code = count(function)) return code;
     if (!state.started) return NOT_INITIALIZED;
-    if (current == nullptr) return INVALID_CONTEXT;
-    return state.broken;
+    return current == nullptr ? INVALID_CONTEXT : SUCCESS;
+}
+
+// What every other call on a context begins with.
+CUresult enter(const char* function) {
+    const CUresult code = enter_to_free(function);
+    return code ? code : state.broken;
 }
 
 void run(const std::shared_ptr<Stream>& stream) {
@@ -336,13 +341,13 @@ CUresult cuMemAlloc_v2(CUdeviceptr* address, std::size_t nbytes) {
 
 CUresult cuMemFree_v2(CUdeviceptr address) {
     const Lock lock(state.lock);
-    if (const CUresult code = enter(__func__)) return code;
+    if (const CUresult code = enter_to_free(__func__)) return code;
     const auto found = state.sizes.find(address);
     if (found == state.sizes.end()) return INVALID_VALUE;
     expect_no_work_on({address, found->second}, "device memory was freed under work on it");
     state.sizes.erase(found);
     state.memory.erase(address);
-    return SUCCESS;
+    return state.broken;
 }
 
 CUresult cuMemHostRegister_v2(void* address, std::size_t nbytes, unsigned) {
@@ -358,12 +363,12 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t nbytes, unsigned) {
 
 CUresult cuMemHostUnregister(void* address) {
     const Lock lock(state.lock);
-    if (const CUresult code = enter(__func__)) return code;
+    if (const CUresult code = enter_to_free(__func__)) return code;
     const auto found = state.registered.find(range_of(address, 0).address);
     if (found == state.registered.end()) return NOT_REGISTERED;
     expect_no_work_on({found->first, found->second}, "host memory was unregistered under work on it");
     state.registered.erase(found);
-    return SUCCESS;
+    return state.broken;
 }
 
 CUresult cuStreamCreate(CUstream* handle, unsigned) {
@@ -380,13 +385,13 @@ CUresult cuStreamCreate(CUstream* handle, unsigned) {
 // As on a device it does not wait: what is enqueued is done yet.
 CUresult cuStreamDestroy_v2(CUstream handle) {
     const Lock lock(state.lock);
-    if (const CUresult code = enter(__func__)) return code;
+    if (const CUresult code = enter_to_free(__func__)) return code;
     const auto found = state.streams.find(handle);
     if (found == state.streams.end()) return INVALID_HANDLE;
     found->second->closed = true;
     state.streams.erase(found);
     state.changed.notify_all();
-    return SUCCESS;
+    return state.broken;
 }
 
 CUresult cuStreamQuery(CUstream handle) {
@@ -427,8 +432,8 @@ CUresult cuEventCreate(CUevent* handle, unsigned flags) {
 
 CUresult cuEventDestroy_v2(CUevent handle) {
     const Lock lock(state.lock);
-    if (const CUresult code = enter(__func__)) return code;
-    return state.events.erase(handle) ? SUCCESS : INVALID_HANDLE;
+    if (const CUresult code = enter_to_free(__func__)) return code;
+    return state.events.erase(handle) ? state.broken : INVALID_HANDLE;
 }
 
 CUresult cuEventRecord(CUevent handle, CUstream stream) {

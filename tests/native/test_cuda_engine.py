@@ -1,0 +1,227 @@
+"""The engine's way through the CUDA driver, on the stand-in: what arrives, what fails, what must not be freed yet."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import random
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tests.native.stub_cuda import StubCuda
+
+if TYPE_CHECKING:
+    from asyncload_native import CudaDevice, Engine, Event, Failure, Job
+
+pytestmark = pytest.mark.native
+
+CHUNK = 64 << 10
+THREADS, BUFFERS = 2, 4
+SIZES = (200_000, 100, 1, 1_000_000, 3 * CHUNK)
+OUT_OF_MEMORY, LAUNCH_FAILED, UNKNOWN = 2, 719, 999
+NONE, DEVICE = 0, 2
+HostKernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)
+
+
+class Loads:
+    """An engine on the stand-in, a file, and device memory for its tensors."""
+
+    def __init__(self, cuda: StubCuda, path: Path) -> None:
+        from asyncload_native import CudaDevice, Driver, Engine
+
+        cuda.attach()
+        self.cuda = cuda
+        self.content = random.Random(1).randbytes(sum(SIZES))
+        path.write_bytes(self.content)
+        self.path = path
+        self.ring = mmap.mmap(-1, BUFFERS * CHUNK)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.ring))
+        assert cuda.call("cuMemHostRegister_v2", address, BUFFERS * CHUNK, 0) == 0
+        self.device: CudaDevice = CudaDevice(Driver(cuda.path), 0)
+        self.scratch = [cuda.make("cuMemAlloc_v2", CHUNK) for _ in range(THREADS)]
+        self.make_engine: Callable[[], Engine] = lambda: Engine(
+            self.device, address, CHUNK, THREADS, BUFFERS, nice=0, retries=0, retry_delay=0.0
+        )
+
+    def begin(
+        self,
+        engine: Engine,
+        *,
+        kernel: tuple[int, int] | None = None,
+        after: Sequence[Event] = (),
+        sizes: Sequence[int] = SIZES,
+    ) -> tuple[Job, list[int]]:
+        """Submits the file's tensors; with a kernel, which repeats each block of 32 bytes, decoded on the device."""
+        from asyncload_native import File, Job, Wake
+
+        file, _ = File.open(str(self.path), 0)
+        rows: list[tuple[int, ...]] = []
+        for size in sizes:
+            nbytes = size // 32 * 32 if kernel else size
+            offset = sum(SIZES[: len(rows)])
+            decode = (DEVICE, 32, 64, *kernel) if kernel else (NONE, 1, 1, 0, 0)
+            rows.append((0, offset, nbytes, 2 * nbytes if kernel else nbytes, *decode, 0))
+        job = Job([file], np.array(rows, np.uint64), CHUNK, Wake.END, to_host=False)
+        targets = [self.cuda.make("cuMemAlloc_v2", max(row[3], 1)) for row in rows]
+        engine.submit(job, self.scratch if kernel else [], [event.handle for event in after])
+        engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
+        return job, targets
+
+    def expected(self, index: int) -> bytes:
+        """What a tensor holds as it is in the file."""
+        offset = sum(SIZES[:index])
+        return self.content[offset : offset + SIZES[index]]
+
+
+@pytest.fixture
+def loads(stub_cuda: StubCuda, tmp_path: Path) -> Loads:
+    return Loads(stub_cuda, tmp_path / "file")
+
+
+@pytest.fixture
+def engine(loads: Loads) -> Iterator[Engine]:
+    engine = loads.make_engine()
+    yield engine
+    loads.cuda.hold(False)
+    engine.close()
+    assert (loads.cuda.live("streams"), loads.cuda.live("events")) == (0, 0)
+
+
+def ended(job: Job, seconds: float = 30) -> bool:
+    """Waits for a job's end, for so long at most."""
+    poll = select.poll()
+    poll.register(job.descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * seconds)) and job.poll().ended
+
+
+def failure_of(job: Job) -> Failure:
+    assert ended(job)
+    failure = job.poll().failure
+    assert failure is not None
+    return failure
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_bytes_arrive(loads: Loads, engine: Engine) -> None:
+    job, targets = loads.begin(engine)
+    assert ended(job)
+    assert job.poll().failure is None
+    for index, (address, size) in enumerate(zip(targets, SIZES, strict=True)):
+        assert ctypes.string_at(address, size) == loads.expected(index)
+
+
+def test_what_the_device_decodes_is_whole(loads: Loads, engine: Engine) -> None:
+    def repeat(source: int, target: int, count: int) -> int:
+        for block in range(count):
+            ctypes.memmove(target + 64 * block, ctypes.string_at(source + 32 * block, 32) * 2, 64)
+        return 1
+
+    function = HostKernel(repeat)
+    kernel = loads.cuda.kernel(ctypes.cast(function, ctypes.c_void_p).value or 0, blocks_per_group=7)
+    job, targets = loads.begin(engine, kernel=(kernel, 7))
+    assert ended(job)
+    assert job.poll().failure is None
+    for index, (address, size) in enumerate(zip(targets, SIZES, strict=True)):
+        nbytes = size // 32 * 32
+        found = np.frombuffer(ctypes.string_at(address, 2 * nbytes), np.uint8).reshape(-1, 2, 32)
+        packed = np.frombuffer(loads.expected(index)[:nbytes], np.uint8).reshape(-1, 1, 32)
+        assert np.array_equal(found, np.broadcast_to(packed, found.shape))
+
+
+@pytest.mark.parametrize("function", ["cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventSynchronize", "work"])
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_a_failure_of_the_driver_ends_the_job_with_its_name(
+    loads: Loads, engine: Engine, function: str, nth: int
+) -> None:
+    loads.cuda.fail(function, LAUNCH_FAILED, nth=nth)
+    job, _ = loads.begin(engine)
+    assert failure_of(job).code == "CUDA_ERROR_LAUNCH_FAILED"
+
+
+def test_a_job_that_is_cancelled_ends_behind_its_copies(loads: Loads, engine: Engine) -> None:
+    loads.cuda.hold(True)
+    job, targets = loads.begin(engine)
+    until(lambda: loads.cuda.calls("cuEventRecord") == BUFFERS)
+    engine.cancel(job)
+    assert not ended(job, 0.1)
+    loads.cuda.hold(False)
+    assert ended(job)
+    for address in targets:  # which is a violation under work
+        assert loads.cuda.call("cuMemFree_v2", address) == 0
+
+
+@pytest.mark.parametrize("function", ["cuEventRecord", "cuEventSynchronize"])
+def test_a_job_whose_event_fails_ends_behind_its_copies(loads: Loads, engine: Engine, function: str) -> None:
+    loads.cuda.hold(True)
+    loads.cuda.fail(function, UNKNOWN)
+    job, targets = loads.begin(engine, sizes=[1000])
+    assert not ended(job, 0.3)
+    loads.cuda.hold(False)
+    assert failure_of(job).code
+    for address in targets:
+        assert loads.cuda.call("cuMemFree_v2", address) == 0
+
+
+def test_a_thread_that_cannot_attach_is_a_failure_of_what_it_takes(loads: Loads, engine: Engine) -> None:
+    loads.cuda.fail("cuCtxSetCurrent", UNKNOWN)
+    job, _ = loads.begin(engine, sizes=[1000])
+    assert "cuCtxSetCurrent" in failure_of(job).what
+    job, targets = loads.begin(engine, sizes=[1000])  # it tries again
+    assert ended(job)
+    assert ctypes.string_at(targets[0], 1000) == loads.content[:1000]
+
+
+def test_copies_wait_on_the_device_for_what_is_before_them(loads: Loads, engine: Engine) -> None:
+    go = threading.Event()
+
+    def wait(*_: int) -> int:
+        return int(go.wait(30))
+
+    function = HostKernel(wait)
+    kernel = loads.cuda.kernel(ctypes.cast(function, ctypes.c_void_p).value or 0, blocks_per_group=1)
+    stream, event = loads.cuda.make("cuStreamCreate", 0), loads.cuda.make("cuEventCreate", 2)
+    arguments = (ctypes.c_uint64 * 3)(*loads.scratch, 1)
+    each = (ctypes.c_void_p * 3)(*(ctypes.addressof(arguments) + 8 * index for index in range(3)))
+    assert loads.cuda.call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, stream, ctypes.byref(each), 0) == 0
+    loads.cuda.call("cuEventRecord", event, stream)
+    job, targets = loads.begin(engine, after=[loads.device.adopt_event(event)])
+    until(lambda: loads.cuda.calls("cuEventRecord") == 1 + BUFFERS)
+    assert ctypes.string_at(targets[0], 16) == b"\xa5" * 16
+    go.set()
+    assert ended(job)
+    assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
+    loads.cuda.call("cuEventDestroy_v2", event)
+    loads.cuda.call("cuStreamDestroy_v2", stream)
+
+
+@pytest.mark.parametrize(
+    ("function", "nth"), [("cuStreamCreate", 1), ("cuStreamCreate", 2), ("cuEventCreate", 1), ("cuEventCreate", 4)]
+)
+def test_an_engine_that_cannot_be_made_leaves_nothing(loads: Loads, function: str, nth: int) -> None:
+    from asyncload_native import CudaError
+
+    loads.cuda.fail(function, OUT_OF_MEMORY, nth=nth)
+    with pytest.raises(CudaError, match=function) as caught:
+        loads.make_engine()
+    assert caught.value.name == "CUDA_ERROR_OUT_OF_MEMORY"
+    assert (loads.cuda.live("streams"), loads.cuda.live("events")) == (0, 0)
+
+
+def test_the_context_is_given_back_with_the_device(loads: Loads) -> None:
+    retained = loads.cuda.live("contexts")
+    loads.make_engine().close()
+    del loads.device, loads.make_engine
+    assert loads.cuda.live("contexts") == retained - 1
