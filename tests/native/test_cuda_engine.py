@@ -57,6 +57,7 @@ class Loads:
         kernel: tuple[int, int] | None = None,
         after: Sequence[Event] = (),
         sizes: Sequence[int] = SIZES,
+        timed: bool = False,
     ) -> tuple[Job, list[int]]:
         """Submits the file's tensors; with a kernel, which repeats each block of 32 bytes, decoded on the device."""
         from asyncload_native import File, Job, Wake
@@ -68,9 +69,9 @@ class Loads:
             offset = sum(SIZES[: len(rows)])
             decode = (DEVICE, 32, 64, *kernel) if kernel else (NONE, 1, 1, 0, 0)
             rows.append((0, offset, nbytes, 2 * nbytes if kernel else nbytes, *decode, 0))
-        job = Job([file], np.array(rows, np.uint64), CHUNK, Wake.END, to_host=False)
+        job = Job([file], np.array(rows, np.uint64), CHUNK, Wake.END, to_host=False, timed=timed)
         targets = [self.cuda.make("cuMemAlloc_v2", max(row[3], 1)) for row in rows]
-        engine.submit(job, self.scratch if kernel else [], [event.handle for event in after])
+        engine.submit(job, self.scratch if kernel else [], after)
         engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
         return job, targets
 
@@ -115,8 +116,9 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_bytes_arrive(loads: Loads, engine: Engine) -> None:
-    job, targets = loads.begin(engine)
+@pytest.mark.parametrize("timed", [False, True])
+def test_bytes_arrive(loads: Loads, engine: Engine, timed: bool) -> None:
+    job, targets = loads.begin(engine, timed=timed)
     assert ended(job)
     assert job.poll().failure is None
     for index, (address, size) in enumerate(zip(targets, SIZES, strict=True)):
