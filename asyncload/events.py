@@ -18,7 +18,7 @@ Stage = Literal["start", "load", "done"]
 class Progress:
     """How far a load is: bytes and tensors on the device and in all, seconds since it began, bytes a second.
 
-    ``stage`` is ``"start"`` once the plan stands, ``"load"`` after each chunk and ``"done"`` in exactly one event, the
+    ``stage`` is ``"start"`` once the plan stands, ``"load"`` as chunks arrive and ``"done"`` in exactly one event, the
     one that says 100 %. ``bytes_resumed`` were there before this load began. ``remaining`` is the expected time left in
     seconds, None before anything has arrived.
     """

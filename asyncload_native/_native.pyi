@@ -128,6 +128,9 @@ class File:
     def identity(self) -> tuple[int, int, int, int]:
         """Device, inode, size, and modification time in nanoseconds."""
 
+    def fail_read(self, number: int, error_number: int) -> None:
+        """For tests: has a read of loads fail, by its number: 1 is the next."""
+
 class FailureKind(enum.Enum):
     """What failed."""
 

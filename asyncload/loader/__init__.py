@@ -183,8 +183,9 @@ class Loader:
         are (quantized tensors as bytes), or ``"float32"``, ``"float16"``, ``"bfloat16"``, or a mapping from names or
         globs to these; integer tensors keep their type. ``select``: names, globs and layer numbers. ``into``: the
         caller's own buffers by name (contiguous, of the tensor's shape and dtype, on this device); tensors without one
-        are allocated. ``progress``: called on the event loop's thread with a ``Progress`` for each chunk, or a
-        ``ProgressStream``. ``resume``: the ``partial`` of an error, whose tensors are not moved again.
+        are allocated. ``progress``: called on the event loop's thread with a ``Progress`` as chunks arrive, or a
+        ``ProgressStream``; chunks that come faster than the loop turns are told together. ``resume``: the ``partial`` of
+        an error, whose tensors are not moved again.
 
         Raises ``SourceError``, ``FormatError``, ``PlanError`` (nothing has moved) and ``DeviceError``. When it raises
         or is cancelled, no copy is under way any more and device memory is as before, but for an error's ``partial``.

@@ -55,6 +55,7 @@ class ProgressMeter:
         self._bytes_total = nbytes
         self._tensors_total = tensors
         self._tenth = 0
+        self._started = False
 
     @property
     def listens(self) -> bool:
@@ -63,6 +64,7 @@ class ProgressMeter:
 
     def start(self) -> None:
         """The plan stands."""
+        self._started = True
         _log.info("%s: loading %d tensors, %s", self._name, self._tensors_total, format_size(self._bytes_total))
         self._report("start")
 
@@ -73,6 +75,8 @@ class ProgressMeter:
     def chunk(self, nbytes: int) -> None:
         """That many bytes more have arrived."""
         self._bytes_done += nbytes
+        if not self._started:  # it never will: what had begun to move is given up
+            return
         if (self._bytes_done, self._tensors_done) != (self._bytes_total, self._tensors_total):
             self._report("load")  # the one that completes the load is reported as its end
         tenth = 10 * self._bytes_done // self._bytes_total if self._bytes_total else 0

@@ -128,6 +128,17 @@ void File::check_unchanged() const {
     if (identify(status) != identity_ || identify(fd()) != identity_) throw changed();
 }
 
+void File::fail_read(std::uint64_t number, int error_number) {
+    const std::lock_guard lock(mutex_);
+    failing_[reads_ + number] = error_number;
+}
+
+void File::count_read(std::uint64_t offset) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = failing_.find(++reads_);
+    if (found != failing_.end()) throw failed(found->second, offset);
+}
+
 ReadError File::failed(int error_number, std::uint64_t offset) const {
     return {ReadError::Kind::failed, path_ + ": " + describe(error_number), error_number, offset};
 }

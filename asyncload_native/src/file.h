@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -72,6 +73,11 @@ class File : public std::enable_shared_from_this<File> {
     // another shows only there.
     void check_unchanged() const;
 
+    // For tests: has the `number`-th read of loads from now on (1 is the next) fail with `error_number`.
+    void fail_read(std::uint64_t number, int error_number);
+    // Counts a load's read; throws what `fail_read` asked for.
+    void count_read(std::uint64_t offset) const;
+
     // A system call on this file failed with `error_number`.
     ReadError failed(int error_number, std::uint64_t offset) const;
 
@@ -97,6 +103,8 @@ class File : public std::enable_shared_from_this<File> {
     const Identity identity_;
     mutable std::mutex mutex_;
     mutable std::variant<std::monostate, Direct, Unavailable> direct_;
+    mutable std::uint64_t reads_ = 0;
+    std::map<std::uint64_t, int> failing_;  // by their number in `reads_`
 };
 
 }  // namespace asyncload

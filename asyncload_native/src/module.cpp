@@ -206,7 +206,9 @@ void bind_job(nb::module_& module) {
                 const auto& [device, inode, size, modified] = file.identity();
                 return std::make_tuple(device, inode, size, modified);
             },
-            "Device, inode, size, and modification time in nanoseconds.");
+            "Device, inode, size, and modification time in nanoseconds.")
+        .def("fail_read", &File::fail_read, "number"_a, "error_number"_a,
+             "For tests: has a read of loads fail, by its number: 1 is the next.");
 
     nb::enum_<Failure::Kind>(module, "FailureKind", "What failed.")
         .value("READ", Failure::Kind::read)

@@ -35,6 +35,7 @@ Reader& Readers::get(Strategy strategy) {
 }
 
 void ReaderChoice::read(Readers& readers, const File& file, std::uint64_t offset, std::span<std::byte> buffer) {
+    file.count_read(offset);
     const auto strategy = choose(file, offset, buffer.size());
     if (!strategy) return readers.get(Strategy::pread).read(file, offset, buffer);
     try {

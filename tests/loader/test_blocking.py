@@ -13,15 +13,13 @@ import pytest
 from asyncload import blocking
 from asyncload.errors import ClosedError, SourceNotFoundError
 from asyncload.events import Progress
-from asyncload.options import Options
-
-SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
+from asyncload.options import EngineOption, Options
 
 
-def test_the_same_front_door_without_a_loop(model_path: Path) -> None:
+def test_the_same_front_door_without_a_loop(model_path: Path, small: Options) -> None:
     before = threading.active_count()
     header = blocking.read_header(model_path)
-    with blocking.Loader("host", options=SMALL) as loader:
+    with blocking.Loader("host", options=small) as loader:
         events: list[Progress] = []
         model = loader.load(model_path, dtype="f32", progress=events.append)
         assert list(model) == list(header.tensors)
@@ -34,7 +32,7 @@ def test_the_same_front_door_without_a_loop(model_path: Path) -> None:
             loader.load("/absent.gguf")
     with pytest.raises(ClosedError):
         loader.load(model_path)
-    one = blocking.load(model_path, device="host", options=SMALL, select="output_norm.weight")
+    one = blocking.load(model_path, device="host", options=small, select="output_norm.weight")
     assert list(one) == ["output_norm.weight"]
     model.close()
     one.close()
@@ -42,16 +40,16 @@ def test_the_same_front_door_without_a_loop(model_path: Path) -> None:
     assert len(names) <= before, names
 
 
-def test_inside_a_running_loop(model_path: Path) -> None:
+def test_inside_a_running_loop(model_path: Path, small: Options) -> None:
     """As in a Jupyter cell: plain code, called on the thread of a running loop."""
 
     async def cell() -> int:
-        return len(blocking.load(model_path, device="host", options=SMALL))
+        return len(blocking.load(model_path, device="host", options=small))
 
     assert asyncio.run(cell()) == len(blocking.read_header(model_path).tensors)
 
 
-def test_an_interrupt_ends_cleanly(model_path: Path) -> None:
+def test_an_interrupt_ends_cleanly(model_path: Path, engine: EngineOption) -> None:
     """Ctrl-C in the middle of a load: KeyboardInterrupt, exit code 130 by convention of the caller, no other noise."""
     program = textwrap.dedent(
         """
@@ -60,7 +58,7 @@ def test_an_interrupt_ends_cleanly(model_path: Path) -> None:
         from asyncload.device import HostDevice
         from asyncload.options import Options
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
-        options = Options(chunk_size=64 << 10, staging=256 << 10, threads=2)
+        options = Options(engine=sys.argv[2], chunk_size=64 << 10, staging=256 << 10, threads=2)
         device = HostDevice(bandwidth=2e6)
         def interrupt(progress):
             if progress.stage == "start":
@@ -76,7 +74,7 @@ def test_an_interrupt_ends_cleanly(model_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(model_path)],
+        [sys.executable, "-c", program, str(model_path), engine],
         capture_output=True,
         text=True,
         timeout=100,

@@ -22,13 +22,11 @@ from asyncload.model import Model
 from asyncload.options import DecodeOption, Options
 from asyncload.threads import run_in_thread
 
-SMALL = Options(chunk_size=64 << 10, staging=256 << 10, threads=2, streams=2)
-
 
 @pytest.fixture(params=["host", "device"])
-def options(request: pytest.FixtureRequest) -> Options:
+def options(request: pytest.FixtureRequest, small: Options) -> Options:
     """Decoding at either place, so that nothing is left of a scratch either."""
-    return replace(SMALL, decode=request.param)
+    return replace(small, decode=request.param)
 
 
 def slow_device() -> HostDevice:
@@ -68,9 +66,9 @@ async def check_whole(loader: Loader, path: Path, expected: Model, dtype: str) -
 @pytest.mark.anyio
 @pytest.mark.parametrize(("dtype", "decode"), [("packed", "auto"), ("bf16", "host"), ("bf16", "device")])
 async def test_a_scope_cancelled_at_every_suspension(
-    model_path: Path, nothing_left: Any, dtype: str, decode: DecodeOption
+    model_path: Path, nothing_left: Any, dtype: str, decode: DecodeOption, small: Options
 ) -> None:
-    async with Loader(slow_device(), options=replace(SMALL, decode=decode)) as loader:
+    async with Loader(slow_device(), options=replace(small, decode=decode)) as loader:
         expected = await loader.load(model_path, dtype=dtype)
         async with nothing_left(loader):
             for turn in range(1, 1000):
@@ -83,7 +81,7 @@ async def test_a_scope_cancelled_at_every_suspension(
                 assert loader._active().idle
             else:
                 pytest.fail("the load never completed")
-            assert turn > 3
+            assert turn > 2, "while it is opened, and while it moves"
             await check_whole(loader, model_path, expected, dtype)
             await run_in_thread(loader.tracker.flush)
 

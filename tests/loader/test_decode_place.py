@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import threading
@@ -20,13 +21,17 @@ from asyncload.gguf import GGMLType
 from asyncload.loader import Loader, load
 from asyncload.memory import Purpose
 from asyncload.options import Options
-from asyncload.quant import DType, decode
+from asyncload.quant import DType, decode, kernel_address
 from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
 
 pytestmark = pytest.mark.anyio
-ON_DEVICE = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2, decode="device")
-SCRATCH = ON_DEVICE.streams * ON_DEVICE.chunk_size
+HostKernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)
+
+
+@pytest.fixture
+def on_device(small: Options) -> Options:
+    return replace(small, decode="device")
 
 
 class WithoutCompiler(HostDevice):
@@ -45,9 +50,11 @@ class WithoutCompiler(HostDevice):
         raise BackendUnavailableError("there is no NVRTC", device="cuda:0")
 
 
-async def test_without_a_compiler_the_host_decodes(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_a_compiler_the_host_decodes(
+    model_path: Path, caplog: pytest.LogCaptureFixture, on_device: Options
+) -> None:
     device = WithoutCompiler()
-    async with Loader(device, options=replace(ON_DEVICE, decode="auto")) as loader:
+    async with Loader(device, options=replace(on_device, decode="auto")) as loader:
         with caplog.at_level(logging.WARNING, "asyncload.load"):
             model = await loader.load(model_path, dtype="bf16")
         assert model.stats.bytes_uploaded == model.nbytes
@@ -56,20 +63,22 @@ async def test_without_a_compiler_the_host_decodes(model_path: Path, caplog: pyt
         assert (GGMLType.Q4_K, DType.BFLOAT16) in device.asked[0]
 
 
-async def test_where_the_device_was_asked_for_that_is_an_error(model_path: Path) -> None:
-    async with Loader(WithoutCompiler(), options=ON_DEVICE) as loader:
+async def test_where_the_device_was_asked_for_that_is_an_error(model_path: Path, on_device: Options) -> None:
+    async with Loader(WithoutCompiler(), options=on_device) as loader:
         with pytest.raises(BackendUnavailableError):
             await loader.load(model_path, dtype="bf16")
 
 
-async def test_a_packed_load_needs_no_compiler(model_path: Path) -> None:
-    async with Loader(WithoutCompiler(), options=ON_DEVICE) as loader:
+async def test_a_packed_load_needs_no_compiler(model_path: Path, on_device: Options) -> None:
+    async with Loader(WithoutCompiler(), options=on_device) as loader:
         assert (await loader.load(model_path)).stats.nbytes > 0
 
 
-async def test_scratch_is_there_while_loads_run_and_once_for_all_of_them(model_path: Path, nothing_left: Any) -> None:
+async def test_scratch_is_there_while_loads_run_and_once_for_all_of_them(
+    model_path: Path, nothing_left: Any, on_device: Options
+) -> None:
     seen: set[int] = set()
-    async with Loader(HostDevice(bandwidth=100e6), options=ON_DEVICE) as loader, nothing_left(loader):
+    async with Loader(HostDevice(bandwidth=100e6), options=on_device) as loader, nothing_left(loader):
 
         def look(_: Progress) -> None:
             seen.add(loader.tracker.by_purpose().get(Purpose.SCRATCH, 0))
@@ -79,32 +88,37 @@ async def test_scratch_is_there_while_loads_run_and_once_for_all_of_them(model_p
             (await loader.load(model_path, dtype="bf16", progress=look)).close()
             first.close()
         await run_in_thread(loader.tracker.flush)
-    assert max(seen) == SCRATCH
+    assert max(seen) == on_device.scratch
 
 
-async def test_a_packed_load_takes_no_scratch(model_path: Path) -> None:
+async def test_a_packed_load_takes_no_scratch(model_path: Path, on_device: Options) -> None:
     sizes: list[int] = []
-    async with Loader(HostDevice(on_allocate=sizes.append), options=ON_DEVICE) as loader:
+    async with Loader(HostDevice(on_allocate=sizes.append), options=on_device) as loader:
         model = await loader.load(model_path)
     assert sum(sizes) == model.nbytes
 
 
-async def test_no_room_for_the_scratch_is_said_before_a_byte_moves(model_path: Path, nothing_left: Any) -> None:
-    nbytes = (await load(model_path, device="host", options=ON_DEVICE, dtype="bf16")).nbytes
-    device = HostDevice(total_bytes=nbytes + SCRATCH - 1)
-    async with Loader(device, options=ON_DEVICE) as loader, nothing_left(loader):
+async def test_no_room_for_the_weights_beside_the_scratch_is_said_before_the_load_begins(
+    model_path: Path, nothing_left: Any, on_device: Options
+) -> None:
+    nbytes = (await load(model_path, device="host", options=on_device, dtype="bf16")).nbytes
+    device = HostDevice(total_bytes=nbytes + on_device.scratch - 1)
+    async with Loader(device, options=on_device) as loader, nothing_left(loader):
+        events: list[Progress] = []
         with pytest.raises(OutOfDeviceMemoryError) as caught:
-            await loader.load(model_path, dtype="bf16")
-        assert caught.value.breakdown["weights"] == nbytes
-        assert caught.value.partial is not None
-        caught.value.partial.close()
-        await run_in_thread(loader.tracker.flush)
+            await loader.load(model_path, dtype="bf16", progress=events.append)
+        assert caught.value.breakdown["scratch"] == on_device.scratch
+        assert caught.value.breakdown["weights"] + caught.value.needed == nbytes, "it was the last one"
+        assert caught.value.partial is None
+        assert events == []
 
 
 @pytest.mark.parametrize("refused", [False, True])
-async def test_a_copy_that_fails_ends_the_load(model_path: Path, nothing_left: Any, *, refused: bool) -> None:
+async def test_a_copy_that_fails_ends_the_load(
+    model_path: Path, nothing_left: Any, *, refused: bool, on_device: Options
+) -> None:
     device = HostDevice(poison=True)
-    async with Loader(device, options=ON_DEVICE) as loader, nothing_left(loader):
+    async with Loader(device, options=on_device) as loader, nothing_left(loader):
         expected = await loader.load(model_path, dtype="bf16")
         device.fail_upload(5, refused=refused)
         with pytest.raises(CopyError) as caught:
@@ -119,23 +133,23 @@ async def test_a_copy_that_fails_ends_the_load(model_path: Path, nothing_left: A
         await run_in_thread(loader.tracker.flush)
 
 
-async def test_a_buffer_of_the_callers_is_decoded_into(model_path: Path) -> None:
+async def test_a_buffer_of_the_callers_is_decoded_into(model_path: Path, on_device: Options) -> None:
     name = "blk.0.ffn_down.weight"
     expected = (await load(model_path, device="host", dtype="f16", select=name))[name].numpy()
     room = np.zeros(expected.nbytes + 64, np.uint8)
     aligned = -room.ctypes.data % 16
     target = room[aligned : aligned + expected.nbytes].view(np.float16).reshape(expected.shape)
-    await load(model_path, device="host", options=ON_DEVICE, dtype="f16", select=name, into={name: target})
+    await load(model_path, device="host", options=on_device, dtype="f16", select=name, into={name: target})
     assert np.array_equal(target, expected)
     shifted = room[aligned + 2 : aligned + 2 + expected.nbytes].view(np.float16).reshape(expected.shape)
     with pytest.raises(TargetError, match="16") as caught:
-        await load(model_path, device="host", options=ON_DEVICE, dtype="f16", select=name, into={name: shifted})
+        await load(model_path, device="host", options=on_device, dtype="f16", select=name, into={name: shifted})
     assert caught.value.tensor == name
     assert np.array_equal(target, expected), "nothing was written"
 
 
 async def test_one_large_tensor_is_decoded_by_all_workers_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: Options
 ) -> None:
     """Two of its pieces meet in the decoder: neither goes on before the other is there."""
     path = tmp_path / "embedding.gguf"
@@ -143,13 +157,29 @@ async def test_one_large_tensor_is_decoded_by_all_workers_at_once(
     await run_in_thread(write_gguf, path, {"token_embd.weight": (GGMLType.Q8_0, (262_144, 64), packed.data)})
     both, calls = threading.Barrier(2, timeout=60), itertools.count()
 
-    def decode_together(*arguments: Any) -> None:
+    def meet() -> None:
         if next(calls) < 2:
             both.wait()
+
+    def decode_together(*arguments: Any) -> None:
+        meet()
         decode(*arguments)
 
-    monkeypatch.setattr("asyncload.pipeline._transfer.decode", decode_together)
-    model = await load(path, device="host", options=replace(ON_DEVICE, decode="host"), dtype="f32")
+    def address_together(*kernel: Any) -> int:
+        decode_natively = HostKernel(kernel_address(*kernel))
+
+        def call(source: int, target: int, count: int) -> int:
+            meet()
+            return int(decode_natively(source, target, count))
+
+        kept.append(function := HostKernel(call))
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    kept: list[object] = []
+    monkeypatch.setattr("asyncload.pipeline._python_transfer.decode", decode_together)
+    monkeypatch.setattr("asyncload.pipeline._native.kernel_address", address_together)
+    model = await load(path, device="host", options=replace(on_device, decode="host"), dtype="f32")
     wanted = bytearray(262_144 * 64 * 4)
     await run_in_thread(decode, GGMLType.Q8_0, DType.FLOAT32, packed.data, memoryview(wanted))
     assert model["token_embd.weight"].numpy().tobytes() == bytes(wanted)
+    assert next(calls) >= 2

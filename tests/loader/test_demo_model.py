@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from asyncload.device import DeviceMemory
 from asyncload.loader import Loader
 from asyncload.model import Tensor
+from asyncload.options import EngineOption, Options
 from asyncload.threads import run_in_thread
 from bench._demo_model import NAME, cache_folder
 
@@ -41,9 +42,9 @@ def anyio_backend() -> Any:
 
 @pytest.mark.parametrize("dtype", ["packed", "bf16"])
 @pytest.mark.parametrize("device", ["host", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-async def test_every_byte_is_what_gguf_py_gives(device: str, dtype: str) -> None:
+async def test_every_byte_is_what_gguf_py_gives(device: str, dtype: str, engine: EngineOption) -> None:
     path = cache_folder() / NAME
-    async with Loader(device) as loader:
+    async with Loader(device, options=Options(engine=engine)) as loader:
         model = await loader.load(path, dtype=dtype)
         assert len(model) == 236
         for tensor in model.values():

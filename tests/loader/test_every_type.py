@@ -20,7 +20,6 @@ from asyncload.threads import run_in_thread
 from tests.quant import oracle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.ggml]
-SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
 INTEGERS = [type_ for type_ in GGMLType if type_.integer]
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -59,8 +58,8 @@ def check(loader: Loader, model: Model, path: Path, dtype: str) -> None:
             assert oracle.mistakes(tensor.type, DType(dtype), np.frombuffer(got, np.uint8)) == 0, name
 
 
-async def load_and_check(device: str, path: Path, dtype: str, decode: DecodeOption) -> None:
-    async with Loader(device, options=replace(SMALL, decode=decode)) as loader:
+async def load_and_check(device: str, path: Path, dtype: str, decode: DecodeOption, small: Options) -> None:
+    async with Loader(device, options=replace(small, decode=decode)) as loader:
         model = await loader.load(path, dtype=dtype)
         assert {tensor.type for tensor in model.values()} == {*oracle.STORED, *INTEGERS}
         packed = sum(info.nbytes for info in model.header.tensors.values())
@@ -70,23 +69,23 @@ async def load_and_check(device: str, path: Path, dtype: str, decode: DecodeOpti
 
 @pytest.mark.parametrize("decode", ["host", "device"])
 @pytest.mark.parametrize("dtype", DTYPES)
-async def test_every_type_on_the_host(every_type: Path, dtype: str, decode: DecodeOption) -> None:
-    await load_and_check("host", every_type, dtype, decode)
+async def test_every_type_on_the_host(every_type: Path, dtype: str, decode: DecodeOption, small: Options) -> None:
+    await load_and_check("host", every_type, dtype, decode, small)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decode", ["host", "device"])
 @pytest.mark.parametrize("dtype", DTYPES)
-async def test_every_type_on_a_gpu(every_type: Path, dtype: str, decode: DecodeOption) -> None:
-    await load_and_check("cuda", every_type, dtype, decode)
+async def test_every_type_on_a_gpu(every_type: Path, dtype: str, decode: DecodeOption, small: Options) -> None:
+    await load_and_check("cuda", every_type, dtype, decode, small)
 
 
 @pytest.mark.parametrize("type_name", ["Q8_1", "Q8_K"])
-async def test_what_is_never_stored_is_refused_by_name(tmp_path: Path, type_name: str) -> None:
+async def test_what_is_never_stored_is_refused_by_name(tmp_path: Path, type_name: str, small: Options) -> None:
     type_ = GGMLType[type_name]
     data = bytes(type_.nbytes(256))
     path = await run_in_thread(write_gguf, tmp_path / "odd.gguf", {"odd.weight": (type_, (256,), data)})
-    async with Loader("host", options=SMALL) as loader:
+    async with Loader("host", options=small) as loader:
         with pytest.raises(UnsupportedQuantError, match=f"odd.weight: {type_name} .* activations") as caught:
             await loader.load(path, dtype="bf16")
         assert (caught.value.tensor, caught.value.type, caught.value.dtype) == ("odd.weight", type_name, "bfloat16")

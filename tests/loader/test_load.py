@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ from asyncload.events import Progress, ProgressStream
 from asyncload.gguf import Header
 from asyncload.loader import Loader, load, read_header
 from asyncload.model import Model
-from asyncload.options import DecodeOption, Options
+from asyncload.options import DecodeOption, EngineOption, Options
 from asyncload.source import MemorySource, open_source
 from asyncload.testing import AsyncOnlySource, FaultySource, synthesize
 from asyncload.threads import run_in_thread
+from tests.loader.conftest import FailingFile
 
 pytestmark = pytest.mark.anyio
-SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2, retry_delay=0.0)
 
 
 def blocks(path: Path, header: Header, name: str) -> NDArray[np.uint8]:
@@ -63,8 +64,8 @@ def check_packed(model: Model, path: Path) -> None:
         assert np.array_equal(tensor.numpy().reshape(-1).view(np.uint8), blocks(path, model.header, name)), name
 
 
-async def test_packed_gives_the_bytes_of_the_file(model_path: Path) -> None:
-    async with Loader("host", options=SMALL) as loader:
+async def test_packed_gives_the_bytes_of_the_file(model_path: Path, small: Options) -> None:
+    async with Loader("host", options=small) as loader:
         model = await loader.load(model_path)
     header = await read_header(model_path)
     assert list(model) == list(header.tensors)
@@ -75,8 +76,10 @@ async def test_packed_gives_the_bytes_of_the_file(model_path: Path) -> None:
 
 @pytest.mark.parametrize("decode", ["host", "device"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-async def test_decoded_gives_what_gguf_py_gives(model_path: Path, dtype: str, decode: DecodeOption) -> None:
-    model = await load(model_path, device="host", options=replace(SMALL, decode=decode), dtype=dtype)
+async def test_decoded_gives_what_gguf_py_gives(
+    model_path: Path, dtype: str, decode: DecodeOption, small: Options
+) -> None:
+    model = await load(model_path, device="host", options=replace(small, decode=decode), dtype=dtype)
     bus = sum(info.nbytes for info in model.header.tensors.values()) if decode == "device" else model.nbytes
     assert (model.stats.bytes_uploaded, model.stats.nbytes) == (bus, model.nbytes)
     for name, tensor in model.items():
@@ -94,8 +97,8 @@ async def test_one_line_loads_into_the_default_device(model_path: Path) -> None:
     assert list(model) == ["output_norm.weight"]
 
 
-async def test_select_takes_names_globs_and_layers(model_path: Path) -> None:
-    async with Loader("host", options=SMALL) as loader:
+async def test_select_takes_names_globs_and_layers(model_path: Path, small: Options) -> None:
+    async with Loader("host", options=small) as loader:
         model = await loader.load(model_path, select=["*norm*", 0])
         assert set(model) == {name for name in model.header.tensors if "norm" in name or name.startswith("blk.0.")}
         check_packed(model, model_path)
@@ -104,11 +107,11 @@ async def test_select_takes_names_globs_and_layers(model_path: Path) -> None:
             await loader.load(model_path, select="nothing")
 
 
-async def test_a_type_without_a_kernel_is_refused_before_a_byte_moves(tmp_path: Path) -> None:
+async def test_a_type_without_a_kernel_is_refused_before_a_byte_moves(tmp_path: Path, small: Options) -> None:
     path = tmp_path / "all.gguf"
     await run_in_thread(synthesize, path, preset="tiny", quant="all")
     source = FaultySource(open_source(path), {})
-    async with Loader("host", options=SMALL) as loader:
+    async with Loader("host", options=small) as loader:
         with pytest.raises(UnsupportedQuantError) as caught:
             await loader.load(source, dtype="bf16")
         assert caught.value.partial is None
@@ -116,39 +119,39 @@ async def test_a_type_without_a_kernel_is_refused_before_a_byte_moves(tmp_path: 
         check_packed(await loader.load(path), path)
 
 
-async def test_split_files_are_opened_by_any_part(tmp_path: Path) -> None:
+async def test_split_files_are_opened_by_any_part(tmp_path: Path, small: Options) -> None:
     paths = await run_in_thread(synthesize, tmp_path / "split.gguf", preset="tiny", quant="Q4_K_M", parts=3)
     assert len(paths) == 3
     for path in paths:
-        model = await load(path, device="host", options=SMALL)
+        model = await load(path, device="host", options=small)
         for name, tensor in model.items():
             info = model.header.tensors[name]
             data = np.fromfile(paths[info.part], np.uint8, info.nbytes, offset=info.offset)
             assert np.array_equal(tensor.numpy().reshape(-1).view(np.uint8), data), name
 
 
-async def test_missing_parts_are_all_named(tmp_path: Path) -> None:
+async def test_missing_parts_are_all_named(tmp_path: Path, small: Options) -> None:
     paths = await run_in_thread(synthesize, tmp_path / "split.gguf", preset="tiny", quant="Q4_0", parts=4)
     paths[1].unlink()
     paths[3].unlink()
     with pytest.raises(SplitError) as caught:
-        await load(paths[2], device="host", options=SMALL)
+        await load(paths[2], device="host", options=small)
     assert [Path(part).name for part in caught.value.parts] == [paths[1].name, paths[3].name]
 
 
 @pytest.mark.parametrize("kind", ["memory", "async only"])
-async def test_other_sources(model_path: Path, kind: str) -> None:
+async def test_other_sources(model_path: Path, kind: str, small: Options) -> None:
     source: Any = MemorySource(model_path.read_bytes())
     if kind == "async only":
         source = AsyncOnlySource(source)
-    async with Loader("host", options=SMALL) as loader:
+    async with Loader("host", options=small) as loader:
         check_packed(await loader.load(source), model_path)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("chunks", [0, 1, 3])
-async def test_sizes_at_the_boundary_of_a_chunk(tmp_path: Path, chunks: int, extra: int) -> None:
-    size = chunks * SMALL.chunk_size + extra
+async def test_sizes_at_the_boundary_of_a_chunk(tmp_path: Path, chunks: int, extra: int, small: Options) -> None:
+    size = chunks * small.chunk_size + extra
     if size < 0:
         return
     path = tmp_path / "sizes.gguf"
@@ -161,7 +164,7 @@ async def test_sizes_at_the_boundary_of_a_chunk(tmp_path: Path, chunks: int, ext
     writer.write_tensors_to_file()
     writer.close()
     events: list[Progress] = []
-    model = await load(path, device="host", options=SMALL, progress=events.append)
+    model = await load(path, device="host", options=small, progress=events.append)
     assert np.array_equal(model["a"].numpy(), data)
     assert np.array_equal(model["b"].numpy(), np.arange(3))
     assert events[-1].bytes_total == size + 12
@@ -169,14 +172,14 @@ async def test_sizes_at_the_boundary_of_a_chunk(tmp_path: Path, chunks: int, ext
 
 
 class TestInto:
-    async def test_the_callers_buffers_are_filled(self, model_path: Path) -> None:
+    async def test_the_callers_buffers_are_filled(self, model_path: Path, small: Options) -> None:
         header = await read_header(model_path)
         names = ["output_norm.weight", "blk.0.attn_q.weight"]
         buffers: dict[str, NDArray[Any]] = {
             names[0]: np.full(header.tensors[names[0]].shape, np.nan, np.float32),
             names[1]: np.full(header.tensors[names[1]].nbytes, 255, np.uint8),
         }
-        async with Loader("host", options=SMALL) as loader:
+        async with Loader("host", options=small) as loader:
             model = await loader.load(model_path, into=buffers)
             assert loader.tracker.total < model.nbytes
         for name in names:
@@ -184,8 +187,8 @@ class TestInto:
             assert np.shares_memory(model[name].numpy(), buffers[name])
         check_packed(model, model_path)
 
-    async def test_a_buffer_that_does_not_fit_is_refused(self, model_path: Path) -> None:
-        async with Loader("host", options=SMALL) as loader:
+    async def test_a_buffer_that_does_not_fit_is_refused(self, model_path: Path, small: Options) -> None:
+        async with Loader("host", options=small) as loader:
             for wrong in (np.zeros(3, np.float32), np.zeros(1 << 20), b"read only"):
                 with pytest.raises(TargetError) as caught:
                     await loader.load(model_path, into={"output_norm.weight": wrong})
@@ -195,12 +198,11 @@ class TestInto:
 
 
 class TestProgress:
-    async def test_it_counts_up_to_one_hundred_percent_once(self, model_path: Path) -> None:
+    async def test_it_counts_up_to_one_hundred_percent_once(self, model_path: Path, small: Options) -> None:
         events: list[Progress] = []
-        async with Loader("host", options=SMALL) as loader:
+        async with Loader("host", options=small) as loader:
             model = await loader.load(model_path, progress=events.append)
         assert [event.stage for event in events] == ["start", *["load"] * (len(events) - 2), "done"]
-        assert len(events) > 4
         done = [event.bytes_done for event in events]
         assert done == sorted(done)
         assert done[0] == 0
@@ -212,23 +214,37 @@ class TestProgress:
         assert events[-1].remaining == 0
         assert events[-1].rate > 0
 
-    async def test_it_can_be_iterated(self, model_path: Path) -> None:
+    async def test_it_tells_of_what_has_moved_before_the_rest_moves(self, model_path: Path, small: Options) -> None:
+        events: list[Progress] = []
+        async with (
+            Loader("host", options=small) as loader,
+            loader.tensors(model_path, ahead=1, progress=events.append) as tensors,
+        ):
+            taken = 0
+            async for tensor in tensors:
+                taken += tensor.nbytes
+                assert taken <= events[-1].bytes_done or taken == events[-1].bytes_total
+        assert len({event.bytes_done for event in events}) > 10
+
+    async def test_it_can_be_iterated(self, model_path: Path, small: Options) -> None:
         progress = ProgressStream()
         seen: list[Progress] = []
 
         async def watch() -> None:
             seen.extend([event async for event in progress])
 
-        async with anyio.create_task_group() as group, Loader("host", options=SMALL) as loader:
+        async with anyio.create_task_group() as group, Loader("host", options=small) as loader:
             group.start_soon(watch)
             await loader.load(model_path, progress=progress)
         assert seen[0].stage == "start"
         assert seen[-1].stage == "done"
 
-    async def test_the_iteration_ends_when_the_load_fails(self, model_path: Path) -> None:
+    async def test_the_iteration_ends_when_the_load_fails(
+        self, model_path: Path, small: Options, failing_file: FailingFile
+    ) -> None:
         progress = ProgressStream()
-        source = FaultySource(open_source(model_path), {5: lambda: SourceReadError("broken", url="x")})
-        async with anyio.create_task_group() as group, Loader("host", options=SMALL) as loader:
+        source = failing_file(model_path, {5: errno.EBADF})
+        async with anyio.create_task_group() as group, Loader("host", options=small) as loader:
 
             async def watch() -> None:
                 assert [event.stage async for event in progress][-1] != "done"
@@ -239,18 +255,22 @@ class TestProgress:
             assert caught.value.partial is not None
             caught.value.partial.close()
 
-    async def test_a_callback_that_raises_ends_the_load(self, model_path: Path, nothing_left: Any) -> None:
+    async def test_a_callback_that_raises_ends_the_load(
+        self, model_path: Path, nothing_left: Any, small: Options
+    ) -> None:
         def refuse(progress: Progress) -> None:
             if progress.stage == "load":
                 raise LookupError("enough")
 
-        async with Loader("host", options=SMALL) as loader, nothing_left(loader):
+        async with Loader("host", options=small) as loader, nothing_left(loader):
             with pytest.raises(LookupError, match="enough"):
                 await loader.load(model_path, progress=refuse)
 
-    async def test_start_and_end_are_logged(self, model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_start_and_end_are_logged(
+        self, model_path: Path, caplog: pytest.LogCaptureFixture, small: Options
+    ) -> None:
         with caplog.at_level(logging.INFO, "asyncload.load"):
-            await load(model_path, device="host", options=SMALL)
+            await load(model_path, device="host", options=small)
         messages = [record.getMessage() for record in caplog.records if record.name == "asyncload.load"]
         assert len(messages) == 2
         assert "loading" in messages[0]
@@ -258,35 +278,34 @@ class TestProgress:
 
 
 class TestFailures:
-    def passing(self) -> Exception:
-        return SourceReadError("interrupted", url="x", transient=True, errno=errno.EIO)
-
-    def broken(self) -> Exception:
-        return SourceReadError("broken", url="x")
-
-    async def test_a_read_that_fails_for_a_passing_reason_is_made_again(self, model_path: Path) -> None:
-        source = FaultySource(open_source(model_path), {4: self.passing, 5: self.passing, 9: self.passing})
-        async with Loader("host", options=SMALL) as loader:
+    async def test_a_read_that_fails_for_a_passing_reason_is_made_again(
+        self, model_path: Path, small: Options, failing_file: FailingFile
+    ) -> None:
+        source = failing_file(model_path, dict.fromkeys((4, 5, 9), errno.EIO))
+        async with Loader("host", options=small) as loader:
             model = await loader.load(source)
         check_packed(model, model_path)
         assert model.stats.retries == 3
 
-    async def test_the_policy_bounds_the_retries(self, model_path: Path, nothing_left: Any) -> None:
-        source = FaultySource(open_source(model_path), dict.fromkeys(range(4, 1000), self.passing))
-        async with Loader("host", options=SMALL) as loader, nothing_left(loader):
-            with pytest.raises(SourceReadError, match="interrupted") as caught:
+    async def test_the_policy_bounds_the_retries(
+        self, model_path: Path, nothing_left: Any, small: Options, failing_file: FailingFile
+    ) -> None:
+        source = failing_file(model_path, dict.fromkeys(range(4, 1000), errno.EIO))
+        async with Loader("host", options=small) as loader, nothing_left(loader):
+            with pytest.raises(SourceReadError) as caught:
                 await loader.load(source)
             assert caught.value.partial is not None
             caught.value.partial.close()
             await run_in_thread(loader.tracker.flush)
 
     @pytest.mark.parametrize("dtype", ["packed", "bf16"])
-    async def test_a_failed_load_is_resumed_without_moving_what_arrived(self, model_path: Path, dtype: str) -> None:
-        whole = FaultySource(open_source(model_path), {})
-        async with Loader("host", options=SMALL) as loader:
-            expected = await loader.load(whole, dtype=dtype)
-            source = FaultySource(open_source(model_path), {whole.reads - 2: self.broken})
-            with pytest.raises(SourceReadError, match="broken") as caught:
+    async def test_a_failed_load_is_resumed_without_moving_what_arrived(
+        self, model_path: Path, dtype: str, small: Options, failing_file: FailingFile
+    ) -> None:
+        async with Loader("host", options=small) as loader:
+            expected = await loader.load(model_path, dtype=dtype)
+            source = failing_file(model_path, {30: errno.EBADF})
+            with pytest.raises(SourceReadError) as caught:
                 await loader.load(source, dtype=dtype)
             partial = caught.value.partial
             assert partial is not None
@@ -305,9 +324,11 @@ class TestFailures:
             with pytest.raises(ClosedError):
                 await loader.load(source, dtype=dtype, resume=partial)
 
-    async def test_a_partial_belongs_to_its_file_and_dtype(self, model_path: Path, tmp_path: Path) -> None:
-        async with Loader("host", options=SMALL) as loader:
-            source = FaultySource(open_source(model_path), {12: self.broken})
+    async def test_a_partial_belongs_to_its_file_and_dtype(
+        self, model_path: Path, tmp_path: Path, small: Options, failing_file: FailingFile
+    ) -> None:
+        async with Loader("host", options=small) as loader:
+            source = failing_file(model_path, {12: errno.EBADF})
             with pytest.raises(SourceReadError) as caught:
                 await loader.load(source)
             partial = caught.value.partial
@@ -323,9 +344,9 @@ class TestFailures:
                 await loader.load(other, resume=partial)
             partial.close()
 
-    async def test_a_failing_copy_is_a_typed_error(self, model_path: Path, nothing_left: Any) -> None:
+    async def test_a_failing_copy_is_a_typed_error(self, model_path: Path, nothing_left: Any, small: Options) -> None:
         device = HostDevice()
-        async with Loader(device, options=SMALL) as loader, nothing_left(loader):
+        async with Loader(device, options=small) as loader, nothing_left(loader):
             device.fail_upload(7)
             with pytest.raises(CopyError) as caught:
                 await loader.load(model_path)
@@ -334,8 +355,8 @@ class TestFailures:
             caught.value.partial.close()
             await run_in_thread(loader.tracker.flush)
 
-    async def test_too_little_memory_is_said_before_a_byte_moves(self, model_path: Path) -> None:
-        async with Loader(HostDevice(total_bytes=1 << 20), options=SMALL) as loader:
+    async def test_too_little_memory_is_said_before_a_byte_moves(self, model_path: Path, small: Options) -> None:
+        async with Loader(HostDevice(total_bytes=1 << 20), options=small) as loader:
             with pytest.raises(OutOfDeviceMemoryError) as caught:
                 await loader.load(model_path)
             assert isinstance(caught.value, MemoryError)
@@ -344,29 +365,46 @@ class TestFailures:
             await run_in_thread(loader.tracker.flush)
             assert loader.tracker.total == 0
 
-    async def test_a_file_that_changes_meanwhile_is_noticed(self, tmp_path: Path, model_path: Path) -> None:
+    def touch(self, path: Path) -> None:
+        os.utime(path, ns=(5, 5))
+
+    def truncate(self, path: Path) -> None:
+        os.truncate(path, 300_000)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def replace(self, path: Path) -> None:
+        other = path.with_suffix(".other")
+        other.write_bytes(path.read_bytes())
+        other.rename(path)
+
+    @pytest.mark.parametrize("how", ["touch", "truncate", "remove", "replace"])
+    async def test_a_file_that_changes_meanwhile_is_noticed(
+        self, tmp_path: Path, model_path: Path, small: Options, how: str
+    ) -> None:
         path = tmp_path / "changing.gguf"
         path.write_bytes(model_path.read_bytes())
 
-        def touch(progress: Progress) -> None:
-            if progress.stage == "start":
-                import os
+        def change(nbytes: int) -> None:  # it is called when the file has been opened, before any of it is moved
+            getattr(self, how)(path)
 
-                os.utime(path, ns=(5, 5))
+        async with Loader(HostDevice(on_allocate=change), options=small) as loader:
+            with pytest.raises(SourceChangedError) as caught:
+                await loader.load(path)
+            assert caught.value.url == str(path)
+            assert caught.value.partial is not None
+            caught.value.partial.close()
 
-        async with Loader("host", options=SMALL) as loader:
-            with pytest.raises(SourceChangedError):
-                await loader.load(path, progress=touch)
-
-    async def test_a_missing_file(self) -> None:
-        async with Loader("host", options=SMALL) as loader:
+    async def test_a_missing_file(self, small: Options) -> None:
+        async with Loader("host", options=small) as loader:
             with pytest.raises(SourceNotFoundError):
                 await loader.load("/absent.gguf")
 
 
 class TestLife:
-    async def test_a_model_outlives_its_loader(self, model_path: Path) -> None:
-        async with Loader("host", options=SMALL) as loader:
+    async def test_a_model_outlives_its_loader(self, model_path: Path, small: Options) -> None:
+        async with Loader("host", options=small) as loader:
             model = await loader.load(model_path)
         check_packed(model, model_path)
         view = model["output_norm.weight"].numpy()
@@ -374,16 +412,16 @@ class TestLife:
         model.close()
         assert np.array_equal(view, copy)
 
-    async def test_closing_a_model_frees_its_memory(self, model_path: Path) -> None:
-        async with Loader("host", options=SMALL) as loader:
+    async def test_closing_a_model_frees_its_memory(self, model_path: Path, small: Options) -> None:
+        async with Loader("host", options=small) as loader:
             model = await loader.load(model_path)
             assert loader.tracker.total == model.nbytes
             model.close()
             await run_in_thread(loader.tracker.flush)
             assert loader.tracker.total == 0
 
-    async def test_a_loader_is_used_inside_its_block(self, model_path: Path) -> None:
-        loader = Loader("host", options=SMALL)
+    async def test_a_loader_is_used_inside_its_block(self, model_path: Path, small: Options) -> None:
+        loader = Loader("host", options=small)
         with pytest.raises(ClosedError):
             await loader.load(model_path)
         async with loader:
@@ -392,8 +430,8 @@ class TestLife:
         with pytest.raises(ClosedError):
             await loader.load(model_path)
 
-    async def test_entered_in_one_task_and_left_in_another(self, model_path: Path) -> None:
-        loader = Loader("host", options=SMALL)
+    async def test_entered_in_one_task_and_left_in_another(self, model_path: Path, small: Options) -> None:
+        loader = Loader("host", options=small)
         async with anyio.create_task_group() as group:
             group.start_soon(loader.__aenter__)
         model = await loader.load(model_path)
@@ -401,9 +439,9 @@ class TestLife:
             group.start_soon(loader.__aexit__, None, None, None)
         check_packed(model, model_path)
 
-    async def test_many_loads_at_once_share_one_budget(self, model_path: Path) -> None:
+    async def test_many_loads_at_once_share_one_budget(self, model_path: Path, small: Options) -> None:
         models: list[Model] = []
-        async with Loader("host", options=SMALL) as loader:
+        async with Loader("host", options=small) as loader:
 
             async def one(dtype: str) -> None:
                 models.append(await loader.load(model_path, dtype=dtype))
@@ -416,9 +454,9 @@ class TestLife:
                 if model["blk.0.attn_q.weight"].packed:
                     check_packed(model, model_path)
 
-    async def test_leaving_the_block_ends_loads_that_run(self, model_path: Path) -> None:
+    async def test_leaving_the_block_ends_loads_that_run(self, model_path: Path, small: Options) -> None:
         slow = HostDevice(bandwidth=1e6)
-        async with anyio.create_task_group() as group, Loader(slow, options=SMALL) as loader:
+        async with anyio.create_task_group() as group, Loader(slow, options=small) as loader:
             started = anyio.Event()
 
             async def one() -> None:
@@ -429,8 +467,9 @@ class TestLife:
             await started.wait()
 
 
-async def test_a_small_load_beside_a_large_one_gets_its_share(tmp_path: Path) -> None:
+async def test_a_small_load_beside_a_large_one_gets_its_share(tmp_path: Path, engine: EngineOption) -> None:
     """While the small one runs, the large one moves at most twice its bytes: at most three times the time alone."""
+    options = Options(engine=engine, chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
     large, small = tmp_path / "large.gguf", tmp_path / "small.gguf"
     for path, size in ((large, 48 << 20), (small, 4 << 20)):
         writer = gguf.GGUFWriter(path, "llama")
@@ -447,7 +486,7 @@ async def test_a_small_load_beside_a_large_one_gets_its_share(tmp_path: Path) ->
         if progress.bytes_done > 8 << 20:
             begun.set()
 
-    async with Loader(HostDevice(bandwidth=100e6), options=SMALL) as loader, anyio.create_task_group() as group:
+    async with Loader(HostDevice(bandwidth=100e6), options=options) as loader, anyio.create_task_group() as group:
 
         async def load_large() -> None:
             await loader.load(large, progress=watch)

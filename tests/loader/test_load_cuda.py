@@ -28,7 +28,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.anyio]
 # What the driver keeps or gives back of its own accord, for streams' first kernels; a scratch that leaked in each of a
 # test's 60 loads would be 7.5 MiB.
 DRIVERS_OWN = 4 << 20
-SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
 
 
 def on_host(loader_device: Any, model: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -44,9 +43,11 @@ def on_host(loader_device: Any, model: Mapping[str, Tensor]) -> dict[str, bytes]
 
 @pytest.mark.parametrize("decode", ["device", "host"])
 @pytest.mark.parametrize("dtype", ["packed", "float32", "float16", "bfloat16"])
-async def test_the_device_gets_what_the_host_gets(model_path: Path, dtype: str, decode: DecodeOption) -> None:
+async def test_the_device_gets_what_the_host_gets(
+    model_path: Path, dtype: str, decode: DecodeOption, small: Options
+) -> None:
     expected = await load(model_path, device="host", dtype=dtype)
-    async with Loader("cuda:0", options=replace(SMALL, decode=decode)) as loader:
+    async with Loader("cuda:0", options=replace(small, decode=decode)) as loader:
         model = await loader.load(model_path, dtype=dtype)
         found = await run_in_thread(on_host, loader.device, model)
         assert list(model) == list(expected)
@@ -69,13 +70,13 @@ async def test_torch_has_the_tensors_after_loader_and_model_are_gone(model_path:
 
 
 @pytest.mark.torch
-async def test_torch_tensors_are_filled_in_place(model_path: Path) -> None:
+async def test_torch_tensors_are_filled_in_place(model_path: Path, small: Options) -> None:
     torch: Any = pytest.importorskip("torch")
 
     expected = await load(model_path, device="host", dtype="f16", select="output_norm.weight")
     host = expected["output_norm.weight"].numpy()
     target = torch.full(host.shape, float("nan"), dtype=torch.float16, device="cuda")
-    async with Loader("cuda", options=SMALL) as loader:
+    async with Loader("cuda", options=small) as loader:
         await loader.load(model_path, dtype="f16", select="output_norm.weight", into={"output_norm.weight": target})
     assert np.array_equal(target.cpu().numpy(), host)
 
@@ -91,13 +92,13 @@ async def test_cupy_has_the_tensors(model_path: Path) -> None:
 
 
 @pytest.mark.torch
-async def test_a_target_that_kernels_cannot_store_to_is_filled_all_the_same(model_path: Path) -> None:
+async def test_a_target_that_kernels_cannot_store_to_is_filled_all_the_same(model_path: Path, small: Options) -> None:
     torch: Any = pytest.importorskip("torch")
     name = "blk.0.ffn_down.weight"
     host = (await load(model_path, device="host", dtype="f16", select=name))[name].numpy()
     room = torch.zeros(host.size + 8, dtype=torch.float16, device="cuda")
     target = room[1 : 1 + host.size].view(host.shape)
-    async with Loader("cuda", options=SMALL) as loader:
+    async with Loader("cuda", options=small) as loader:
         model = await loader.load(model_path, dtype="f16", select=name, into={name: target})
         assert model.stats.bytes_uploaded == host.nbytes, "it was decoded before the bus"
     assert np.array_equal(target.cpu().numpy(), host)
@@ -105,8 +106,8 @@ async def test_a_target_that_kernels_cannot_store_to_is_filled_all_the_same(mode
     assert (room[1 + host.size :] == 0).all()
 
 
-async def test_packed_bytes_cross_the_bus_and_the_scratch_is_gone_afterwards(model_path: Path) -> None:
-    async with Loader("cuda", options=SMALL) as loader:
+async def test_packed_bytes_cross_the_bus_and_the_scratch_is_gone_afterwards(model_path: Path, small: Options) -> None:
+    async with Loader("cuda", options=small) as loader:
         model = await loader.load(model_path, dtype="bf16")
         assert model.stats.bytes_uploaded == sum(info.nbytes for info in model.header.tensors.values())
         await run_in_thread(loader.tracker.flush)
@@ -114,9 +115,9 @@ async def test_packed_bytes_cross_the_bus_and_the_scratch_is_gone_afterwards(mod
 
 
 @pytest.mark.parametrize("dtype", ["packed", "bf16"])
-async def test_cancelled_loads_leave_the_drivers_memory_as_it_was(model_path: Path, dtype: str) -> None:
+async def test_cancelled_loads_leave_the_drivers_memory_as_it_was(model_path: Path, dtype: str, small: Options) -> None:
     rng = random.Random(0)
-    async with Loader("cuda", options=SMALL) as loader:
+    async with Loader("cuda", options=small) as loader:
         expected = await loader.load(model_path, dtype=dtype)
         await run_in_thread(loader.tracker.flush)
         before = await run_in_thread(loader.device.memory)
@@ -141,9 +142,9 @@ async def test_cancelled_loads_leave_the_drivers_memory_as_it_was(model_path: Pa
         assert found == await run_in_thread(on_host, loader.device, expected)
 
 
-async def test_tensors_land_one_by_one(model_path: Path) -> None:
+async def test_tensors_land_one_by_one(model_path: Path, small: Options) -> None:
     expected = await load(model_path, device="host")
-    async with Loader("cuda", options=SMALL) as loader:
+    async with Loader("cuda", options=small) as loader:
         seen: dict[str, bytes] = {}
         async with loader.tensors(model_path, ahead=300_000) as tensors:
             async for tensor in tensors:

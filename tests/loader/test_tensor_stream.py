@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,14 @@ from asyncload.events import Progress
 from asyncload.loader import Loader
 from asyncload.model import Tensor
 from asyncload.options import Options
-from asyncload.source import open_source
-from asyncload.testing import FaultySource
 from asyncload.threads import run_in_thread
-
-SMALL = Options(chunk_size=64 << 10, staging=512 << 10, threads=2, streams=2)
+from tests.loader.conftest import FailingFile
 
 
 async def idle(loader: Loader) -> None:
     """Waits until nothing of any load moves any more: no read, no copy."""
     engine = loader._active()
-    while engine.staging.free < engine.options.buffers:
+    while not engine.idle:
         await anyio.sleep(0.001)
     for _ in range(50):
         await anyio.lowlevel.checkpoint()
@@ -33,8 +31,8 @@ async def idle(loader: Loader) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("ahead", [1, 300_000, 1 << 30])
-async def test_every_tensor_comes_once(model_path: Path, ahead: int) -> None:
-    async with Loader("host", options=SMALL) as loader:
+async def test_every_tensor_comes_once(model_path: Path, ahead: int, small: Options) -> None:
+    async with Loader("host", options=small) as loader:
         model = await loader.load(model_path, dtype="f16")
         seen: dict[str, Tensor] = {}
         async with loader.tensors(model_path, ahead=ahead, dtype="f16") as tensors:
@@ -49,8 +47,10 @@ async def test_every_tensor_comes_once(model_path: Path, ahead: int) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("ahead", [1, 300_000, 2_000_000])
-async def test_a_paused_consumer_holds_no_staging_and_at_most_ahead(model_path: Path, ahead: int) -> None:
-    async with Loader("host", options=SMALL) as loader:
+async def test_a_paused_consumer_holds_no_staging_and_at_most_ahead(
+    model_path: Path, ahead: int, small: Options
+) -> None:
+    async with Loader("host", options=small) as loader:
         largest = 0
         async with loader.tensors(model_path, ahead=ahead) as tensors:
             taken = 0
@@ -66,8 +66,10 @@ async def test_a_paused_consumer_holds_no_staging_and_at_most_ahead(model_path: 
 
 
 @pytest.mark.anyio
-async def test_leaving_early_ends_the_load_and_keeps_what_was_taken(model_path: Path, nothing_left: Any) -> None:
-    async with Loader(HostDevice(bandwidth=20e6, poison=True), options=SMALL) as loader, nothing_left(loader):
+async def test_leaving_early_ends_the_load_and_keeps_what_was_taken(
+    model_path: Path, nothing_left: Any, small: Options
+) -> None:
+    async with Loader(HostDevice(bandwidth=20e6, poison=True), options=small) as loader, nothing_left(loader):
         async with loader.tensors(model_path) as tensors:
             tensor = await anext(tensors)
         data = tensor.numpy()
@@ -82,8 +84,10 @@ async def test_leaving_early_ends_the_load_and_keeps_what_was_taken(model_path: 
 
 
 @pytest.mark.anyio
-async def test_an_exception_in_the_consumer_comes_out_as_it_is(model_path: Path, nothing_left: Any) -> None:
-    async with Loader(HostDevice(bandwidth=20e6), options=SMALL) as loader, nothing_left(loader):
+async def test_an_exception_in_the_consumer_comes_out_as_it_is(
+    model_path: Path, nothing_left: Any, small: Options
+) -> None:
+    async with Loader(HostDevice(bandwidth=20e6), options=small) as loader, nothing_left(loader):
         with pytest.raises(LookupError, match="mine"):
             async with loader.tensors(model_path) as tensors:
                 async for tensor in tensors:
@@ -93,11 +97,13 @@ async def test_an_exception_in_the_consumer_comes_out_as_it_is(model_path: Path,
 
 
 @pytest.mark.anyio
-async def test_an_error_of_the_source_comes_after_the_tensors_before_it(model_path: Path, nothing_left: Any) -> None:
-    source = FaultySource(open_source(model_path), {10: lambda: SourceReadError("broken", url="x")})
-    async with Loader("host", options=SMALL) as loader, nothing_left(loader):
+async def test_an_error_of_the_source_comes_after_the_tensors_before_it(
+    model_path: Path, nothing_left: Any, small: Options, failing_file: FailingFile
+) -> None:
+    source = failing_file(model_path, {10: errno.EBADF})
+    async with Loader("host", options=small) as loader, nothing_left(loader):
         count = 0
-        with pytest.raises(SourceReadError, match="broken"):
+        with pytest.raises(SourceReadError):
             async with loader.tensors(source) as tensors:
                 async for tensor in tensors:
                     del tensor
@@ -107,8 +113,8 @@ async def test_an_error_of_the_source_comes_after_the_tensors_before_it(model_pa
 
 
 @pytest.mark.anyio
-async def test_what_cannot_begin_says_so_on_entering(model_path: Path, nothing_left: Any) -> None:
-    async with Loader("host", options=SMALL) as loader, nothing_left(loader):
+async def test_what_cannot_begin_says_so_on_entering(model_path: Path, nothing_left: Any, small: Options) -> None:
+    async with Loader("host", options=small) as loader, nothing_left(loader):
         with pytest.raises(SourceNotFoundError):
             async with loader.tensors("/absent.gguf"):
                 pytest.fail("entered")
@@ -119,8 +125,8 @@ async def test_what_cannot_begin_says_so_on_entering(model_path: Path, nothing_l
 
 
 @pytest.mark.anyio
-async def test_cancelled_at_any_turn_of_the_loop(model_path: Path, nothing_left: Any) -> None:
-    async with Loader(HostDevice(bandwidth=200e6, poison=True), options=SMALL) as loader, nothing_left(loader):
+async def test_cancelled_at_any_turn_of_the_loop(model_path: Path, nothing_left: Any, small: Options) -> None:
+    async with Loader(HostDevice(bandwidth=200e6, poison=True), options=small) as loader, nothing_left(loader):
 
         async def consume() -> None:
             async with loader.tensors(model_path, ahead=400_000) as tensors:
@@ -139,8 +145,10 @@ async def test_cancelled_at_any_turn_of_the_loop(model_path: Path, nothing_left:
 
 
 @pytest.mark.asyncio
-async def test_a_consumers_task_is_cancelled_again_and_again(model_path: Path, nothing_left: Any) -> None:
-    async with Loader(HostDevice(bandwidth=50e6, poison=True), options=SMALL) as loader, nothing_left(loader):
+async def test_a_consumers_task_is_cancelled_again_and_again(
+    model_path: Path, nothing_left: Any, small: Options
+) -> None:
+    async with Loader(HostDevice(bandwidth=50e6, poison=True), options=small) as loader, nothing_left(loader):
         taken = anyio.Event()
 
         async def consume() -> None:
@@ -160,8 +168,8 @@ async def test_a_consumers_task_is_cancelled_again_and_again(model_path: Path, n
 
 
 @pytest.mark.anyio
-async def test_a_closed_loader_ends_the_stream(model_path: Path) -> None:
-    loader = Loader(HostDevice(bandwidth=5e6), options=SMALL)
+async def test_a_closed_loader_ends_the_stream(model_path: Path, small: Options) -> None:
+    loader = Loader(HostDevice(bandwidth=5e6), options=small)
     await loader.__aenter__()
     started = anyio.Event()
 
