@@ -107,6 +107,11 @@ class HostDevice(Device):
     def fail_copy(self, number: int) -> None:
         """Has a copy fail, by its number: 1 is the next."""
 
+    def uses(self, address: int, nbytes: int) -> int:
+        """
+        How many pieces of work that were enqueued and have not ended read or write some memory.
+        """
+
 class File:
     """A file held open."""
 
@@ -260,6 +265,12 @@ class Job:
 
     def times(self) -> Times:
         """Where its time went, until now."""
+
+def cut(tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int) -> list:
+    """
+    The chunks of a job: group, file, offset and bytes, and of each tensor's share: the tensor, the offset and
+    bytes of what is read, of what is uploaded, and of the target.
+    """
 
 class Strategy(enum.Enum):
     """A way of reading."""

@@ -100,7 +100,6 @@ class HostDevice:
         self._opened = 0
         self._held: list[Hold] = []
         self._prepared: set[tuple[GGMLType, DType]] = set()
-        self._native: Any = None
         self._thread = threading.local()
         self.attach()
 
@@ -267,16 +266,16 @@ class HostDevice:
     def native(self) -> Any:
         """The same device for C++ threads: their copies are slowed, poisoned and made to fail like those of streams."""
         with self._lock:
-            if self._native is None:
-                self._native = import_module("asyncload_native").HostDevice()
+            if self._engine.native is None:
+                self._engine.native = import_module("asyncload_native").HostDevice()
                 self._pace_native()
                 for number in self._engine.failing():
-                    self._native.fail_copy(number)
-            return self._native
+                    self._engine.native.fail_copy(number)
+            return self._engine.native
 
     def _pace_native(self) -> None:
-        if self._native is not None:
-            self._native.set_pace(self.bandwidth or 0.0, self.latency, poison=self._poison)
+        if self._engine.native is not None:
+            self._engine.native.set_pace(self.bandwidth or 0.0, self.latency, poison=self._poison)
 
     def from_native(self, event: Any) -> NativeHostEvent:
         """An event of a C++ thread's, for streams and for whoever waits."""
@@ -314,5 +313,5 @@ class HostDevice:
         is ``lasting``, as a GPU's errors are, so do all events that pass and all calls of streams from then on.
         """
         self._engine.fail(number, refused=refused, lasting=lasting)
-        if self._native is not None:
-            self._native.fail_copy(number)
+        if self._engine.native is not None:
+            self._engine.native.fail_copy(number)

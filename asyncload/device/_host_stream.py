@@ -64,6 +64,7 @@ class CopyEngine:
         self.bandwidth = bandwidth
         self.latency = latency
         self.poison = poison
+        self.native: Any = None  #: the ``asyncload_native.HostDevice``, once there is one
         self._lock = threading.Lock()
         self._under_way: set[Work] = set()
         self._busy_until = 0.0
@@ -145,6 +146,8 @@ class CopyEngine:
         """Raises ``DeviceError`` if work that has not ended reads or writes the range."""
         with self._lock:
             users = sum(work.touches(address, nbytes) for work in self._under_way)
+        if self.native is not None:
+            users += self.native.uses(address, nbytes)
         if users:
             raise DeviceError(f"{self.device}: {what} while {users} pieces of work still use it", device=self.device)
 

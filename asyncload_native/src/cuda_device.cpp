@@ -72,7 +72,7 @@ class CudaStream final : public Stream {
 
     void record(Event& event) override { driver_.cuEventRecord(static_cast<CudaEvent&>(event).event(), stream_); }
 
-    void drain() noexcept override { driver_.cuStreamSynchronize.result(stream_); }
+    void synchronize() override { driver_.cuStreamSynchronize(stream_); }
 
     std::uint64_t handle() const noexcept override { return reinterpret_cast<std::uint64_t>(stream_); }
 

@@ -64,8 +64,8 @@ class Stream {
     virtual void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) = 0;
     virtual void wait(Event& event) = 0;
     virtual void record(Event& event) = 0;
-    // Waits for its work, whatever became of that: for who has no event to wait for.
-    virtual void drain() noexcept = 0;
+    // Sleeps until all work has ended. Raises `DeviceError` if some of it failed.
+    virtual void synchronize() = 0;
     virtual std::uint64_t handle() const noexcept = 0;
 };
 

@@ -30,12 +30,13 @@ struct Engine::Flight {
     Task task;
     Clock::time_point begin;  // of enqueuing
     std::uint64_t nbytes;     // that leave the buffer
-    bool enqueued;            // the buffer is in use until the lane's event has passed
+    bool enqueued;            // the buffer is in use until the event has passed
     std::optional<Failure> failure;
     std::shared_ptr<Event> begun;  // where the job is timed
+    std::shared_ptr<Event> event;  // behind it
 };
 
-// A staging buffer, and the event behind what was last enqueued from it.
+// A staging buffer, and an event for what is enqueued from it.
 struct Engine::Lane {
     std::span<std::byte> buffer;
     std::shared_ptr<Event> event;
@@ -76,43 +77,55 @@ class Engine::Worker {
         const Chunk& chunk = *task.chunk;
         const std::span segments(&job.cut_.segments[chunk.first_segment], chunk.n_segments);
         const std::uint32_t tensor = segments.front().tensor;
-        Flight flight{task, {}, 0, false, std::nullopt, nullptr};
+        Flight flight{task, {}, 0, false, std::nullopt, nullptr, lane.event};
+        auto kind = Failure::Kind::device;
         try {
             device_.attach();
-            const auto bytes = place(lane, job, chunk, segments);
+            kind = Failure::Kind::copy;
+            const bool in_place = writes_in_place(job);
+            const auto bytes = place(lane, job, chunk, segments, in_place);
             if (!read(job, chunk, bytes)) return engine_.report(task, End::given_up);
-            if (!decode(lane, job, segments))
+            if (!decode(lane, job, segments, in_place))
                 flight.failure = describe(DeviceError("the decoding kernel failed", ""), Failure::Kind::decode, tensor);
             else if (job.stopped_)
                 return engine_.report(task, End::given_up);
             else
-                upload(lane, job, segments, bytes, flight);
+                upload(lane, job, segments, bytes, in_place, flight);
         } catch (const ReadError& error) {
             flight.failure = describe(error, tensor, chunk.file);
         } catch (const DeviceError& error) {
-            flight.failure = describe(error, Failure::Kind::copy, tensor);
+            flight.failure = describe(error, kind, tensor);
         }
         if (!flight.enqueued) return land(std::move(flight));
         try {
-            if (flight.begun) lane.event = device_.make_event(true);
-            stream_->record(*lane.event);  // also after a failure: what was enqueued uses the buffer
+            if (flight.begun) flight.event = device_.make_event(true);
+            stream_->record(*flight.event);  // also after a failure: what was enqueued uses the buffer
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, tensor);
-            stream_->drain();
+            drain();
         }
         lane.flight = std::move(flight);
     }
 
-    // Whether the host may write a tensor where it goes, as nothing on the device has to be waited for or timed.
+    // Waits for all that was enqueued, where no event says when it has ended.
+    void drain() {
+        try {
+            stream_->synchronize();
+        } catch (const DeviceError&) {  // then nothing of it moves any more
+        }
+    }
+
+    // Whether the host may write tensors where they go, as nothing on the device has to be waited for or timed. Asked
+    // once for a chunk: a test may change the answer.
     bool writes_in_place(const Job& job) const {
         return job.to_host_ || (device_.in_place() && job.after_.empty() && !job.timed_);
     }
 
     // Where a chunk is read to: the target, if it may be written there and lies in one piece, or else the buffer.
-    std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk,
-                               std::span<const Segment> segments) {
+    static std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk,
+                                      std::span<const Segment> segments, bool in_place) {
         const Segment& segment = segments.front();
-        if (segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none && writes_in_place(job))
+        if (in_place && segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none)
             return {pointer(job.targets_[segment.tensor] + segment.target_offset), chunk.nbytes};
         return lane.buffer.first(chunk.nbytes);
     }
@@ -143,16 +156,15 @@ class Engine::Worker {
 
     // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
     // a kernel fails.
-    bool decode(const Lane& lane, Job& job, std::span<const Segment> segments) {
+    static bool decode(const Lane& lane, Job& job, std::span<const Segment> segments, bool in_place) {
         const auto begin = Clock::now();
         std::uint64_t nbytes = 0;
         for (const Segment& segment : segments) {
             const TensorWork& tensor = job.tensors_[segment.tensor];
             if (tensor.decode != Decode::host || segment.target_nbytes == 0) continue;
             const auto function = reinterpret_cast<HostKernel>(tensor.kernel.handle);
-            std::byte* const target = writes_in_place(job)
-                                          ? pointer(job.targets_[segment.tensor] + segment.target_offset)
-                                          : &lane.buffer[segment.upload_offset];
+            std::byte* const target = in_place ? pointer(job.targets_[segment.tensor] + segment.target_offset)
+                                               : &lane.buffer[segment.upload_offset];
             if (function(address(&lane.buffer[segment.source_offset]), address(target),
                          static_cast<std::intptr_t>(segment.source_nbytes / tensor.block_nbytes)) != 1)
                 return false;
@@ -167,14 +179,13 @@ class Engine::Worker {
 
     // Enqueues copies and kernels, or copies in place.
     void upload(const Lane& lane, Job& job, std::span<const Segment> segments, std::span<std::byte> bytes,
-                Flight& flight) {
+                bool in_place, Flight& flight) {
         flight.begin = Clock::now();
         if (job.begun_[index_] == 0) {
             for (const auto& event : job.after_) stream_->wait(*event);
             job.begun_[index_] = 1;
         }
         if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true)));
-        const bool in_place = writes_in_place(job);
         for (const Segment& segment : segments) {
             if (segment.target_nbytes == 0) continue;
             const TensorWork& tensor = job.tensors_[segment.tensor];
@@ -201,15 +212,15 @@ class Engine::Worker {
         Flight flight = std::move(*lane.flight);
         lane.flight.reset();
         try {
-            lane.event->synchronize();
+            flight.event->synchronize();
         } catch (const DeviceError& error) {
             const auto tensor = flight.task.job->cut_.segments[flight.task.chunk->first_segment].tensor;
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
-            stream_->drain();  // it may be that only the waiting failed
+            drain();
         }
         if (flight.begun) {
             const std::lock_guard lock(flight.task.job->mutex_);
-            flight.task.job->copies_[index_].emplace_back(flight.begun, lane.event);
+            flight.task.job->copies_[index_].emplace_back(flight.begun, flight.event);
         }
         if (device_.poisons()) std::ranges::fill(lane.buffer, poison);
         land(std::move(flight));
@@ -269,7 +280,12 @@ Engine::Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& o
         workers_.push_back(std::make_unique<Worker>(*this, index, ring + first * options_.chunk_size, end - first));
         first = end;
     }
-    for (auto& worker : workers_) threads_.emplace_back([&worker] { worker->run(); });
+    try {
+        for (auto& worker : workers_) threads_.emplace_back([&worker] { worker->run(); });
+    } catch (...) {  // no thread is left for it
+        close();
+        throw;
+    }
 }
 
 Engine::~Engine() {
@@ -333,7 +349,10 @@ void Engine::close() {
     }
     for (std::thread& thread : threads_) thread.join();
     threads_.clear();
-    device_->attach();
+    try {
+        device_->attach();
+    } catch (const DeviceError&) {  // then there is no context to give anything back to
+    }
     workers_.clear();
 }
 

@@ -19,6 +19,10 @@ using Clock = std::chrono::steady_clock;
 constexpr std::byte poison{0xA5};        // as asyncload/device/_host.py has it
 constexpr double piece_seconds = 0.002;  // of a slowed copy: it reads its source until shortly before its end
 
+Address address(const std::byte* bytes) {
+    return reinterpret_cast<Address>(bytes);
+}
+
 Clock::duration seconds(double count) {
     return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(count));
 }
@@ -101,12 +105,14 @@ class HostStream final : public Stream {
     }
 
     void upload(Address target, const std::byte* source, std::size_t nbytes) override {
+        const auto use = device_.use(target, address(source), nbytes);
         push([=, this, enqueued = Clock::now()] {
             ended_ = device_.copy(pointer(target), source, nbytes, enqueued, ended_);
         });
     }
 
     void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) override {
+        const auto use = device_.use(target, source, 1);  // of each, as much as says which it is
         push([=, function = reinterpret_cast<HostKernel>(kernel.handle)] {
             if (function(static_cast<std::intptr_t>(source), static_cast<std::intptr_t>(target), n_blocks) != 1)
                 throw DeviceError("a decoding kernel failed", "");
@@ -123,10 +129,10 @@ class HostStream final : public Stream {
         });
     }
 
-    void drain() noexcept override {
-        const auto point = std::make_shared<Point>();
-        push([point] { point->pass(std::nullopt); });
-        point->wait_for_end();
+    void synchronize() override {
+        HostEvent event;
+        record(event);
+        event.synchronize();
     }
 
     std::uint64_t handle() const noexcept override { return 0; }
@@ -142,7 +148,7 @@ class HostStream final : public Stream {
 
     void run() {
         name_thread("asyncload-host");
-        while (const Work work = next()) {
+        while (const Work work = next()) {  // which has gone before the next: then its memory is not in use any more
             try {
                 work();
             } catch (const DeviceError& error) {  // the stream goes on, and the next event tells
@@ -202,6 +208,23 @@ bool HostDevice::in_place() const noexcept {
 bool HostDevice::poisons() const noexcept {
     const std::lock_guard lock(mutex_);
     return pace_.poison;
+}
+
+std::shared_ptr<const void> HostDevice::use(Address target, Address source, std::size_t nbytes) {
+    const std::lock_guard lock(mutex_);
+    const auto used = uses_.insert(uses_.end(), {target, source, nbytes});
+    return {&*used, [this, used](const void*) {
+                const std::lock_guard ending(mutex_);
+                uses_.erase(used);
+            }};
+}
+
+std::ptrdiff_t HostDevice::uses(Address address, std::size_t nbytes) const {
+    const std::lock_guard lock(mutex_);
+    return std::ranges::count_if(uses_, [&](const Use& use) {
+        const auto overlaps = [&](Address begin) { return begin < address + nbytes && address < begin + use.nbytes; };
+        return overlaps(use.target) || overlaps(use.source);
+    });
 }
 
 HostDevice::Moment HostDevice::copy(std::byte* target, const std::byte* source, std::size_t nbytes, Moment enqueued,

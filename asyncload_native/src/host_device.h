@@ -3,6 +3,8 @@
 
 #include <chrono>
 #include <cstdint>
+#include <list>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -34,12 +36,23 @@ class HostDevice final : public Device {
     bool in_place() const noexcept override;
     bool poisons() const noexcept override;
 
+    // How many pieces of work that were enqueued and have not ended read or write some memory.
+    std::ptrdiff_t uses(Address address, std::size_t nbytes) const;
+    // Counts such work, as long as what it returns is kept.
+    std::shared_ptr<const void> use(Address target, Address source, std::size_t nbytes);
+
     // Does a copy that was enqueued at a moment, behind the stream's last one, which was to end at `not_before`;
     // returns when this one was to end. On the stream's thread.
     Moment copy(std::byte* target, const std::byte* source, std::size_t nbytes, Moment enqueued, Moment not_before);
 
   private:
+    struct Use {
+        Address target, source;
+        std::size_t nbytes;
+    };
+
     mutable std::mutex mutex_;
+    std::list<Use> uses_;
     Pace pace_;
     std::uint64_t copies_ = 0;
     std::vector<std::uint64_t> failing_;  // by their number in `copies_`

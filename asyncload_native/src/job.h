@@ -101,8 +101,7 @@ class Job : public std::enable_shared_from_this<Job> {
     std::vector<Address> targets_;               // by tensor
     std::vector<Address> scratch_;               // by the engine's thread
     std::vector<std::shared_ptr<Event>> after_;  // that the streams wait for, on the device, before the first chunk
-    // By the engine's thread: its stream waits for them. Not bits, which neighbours would write together.
-    std::vector<std::uint8_t> begun_;
+    std::vector<char> begun_;  // by the engine's thread, which alone touches it: its stream waits for them
 
     // The engine's, under its lock.
     std::size_t next_ = 0;         // chunk

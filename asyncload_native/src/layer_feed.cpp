@@ -127,7 +127,10 @@ std::vector<LayerFeed::Ticket> LayerFeed::poll() {
 void LayerFeed::close() {
     enqueuing_.close();
     waiting_.close();
-    device_->attach();
+    try {
+        device_->attach();
+    } catch (const DeviceError&) {  // then there is no context to give anything back to
+    }
     streams_.clear();  // waits for their work
     const std::lock_guard lock(mutex_);
     signal_.close();

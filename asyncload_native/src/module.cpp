@@ -80,6 +80,15 @@ std::vector<std::uint64_t> words(const Words& array) {
 // What C++ threads hold of Python's is held by shared pointers that C++ made (`nb::new_` on types that know their own:
 // `std::enable_shared_from_this`). nanobind's others take the interpreter lock when the last one goes.
 
+// What has threads, which end when it goes: the interpreter lock is given up then, as what they call may ask for it.
+template <typename Threaded, typename... Arguments>
+std::shared_ptr<Threaded> make_threaded(Arguments&&... arguments) {
+    return {new Threaded(std::forward<Arguments>(arguments)...), [](Threaded* threaded) {
+                const nb::gil_scoped_release unlocked;
+                delete threaded;
+            }};
+}
+
 void bind_errors(nb::module_& module) {
     nb::exception<DriverUnavailableError>(module, "DriverUnavailableError", PyExc_ImportError).doc() =
         "There is no CUDA driver, or it lacks a function that is needed.";
@@ -169,7 +178,9 @@ void bind_devices(nb::module_& module) {
             "bandwidth"_a, "latency"_a, "poison"_a,
             "Sets bytes a second of all copies (0: as memory is), seconds before each, and whether what is free is\n"
             "overwritten.")
-        .def("fail_copy", &HostDevice::fail_copy, "number"_a, "Has a copy fail, by its number: 1 is the next.");
+        .def("fail_copy", &HostDevice::fail_copy, "number"_a, "Has a copy fail, by its number: 1 is the next.")
+        .def("uses", &HostDevice::uses, "address"_a, "nbytes"_a,
+             "How many pieces of work that were enqueued and have not ended read or write some memory.");
 }
 
 void bind_job(nb::module_& module) {
@@ -264,8 +275,26 @@ void bind_job(nb::module_& module) {
         .def("times", &Job::times, "Where its time went, until now.");
 }
 
-// For tests: the engine reads by itself.
-void bind_readers(nb::module_& module) {
+nb::list cut_table(const Table& tensors, std::uint64_t chunk_size) {
+    const Cut pieces = cut(read_table(tensors), chunk_size);
+    nb::list chunks;
+    for (const Chunk& chunk : pieces.chunks) {
+        nb::list segments;
+        for (const Segment& each : std::span(pieces.segments).subspan(chunk.first_segment, chunk.n_segments))
+            segments.append(nb::make_tuple(each.tensor, each.source_offset, each.source_nbytes, each.upload_offset,
+                                           each.upload_nbytes, each.target_offset, each.target_nbytes));
+        chunks.append(nb::make_tuple(chunk.group, chunk.file, chunk.offset, chunk.nbytes, segments));
+    }
+    return chunks;
+}
+
+// For tests: the engine cuts and reads by itself.
+void bind_parts(nb::module_& module) {
+    module.def(
+        "cut", &cut_table, "tensors"_a, "chunk_size"_a,
+        "The chunks of a job: group, file, offset and bytes, and of each tensor's share: the tensor, the offset and\n"
+        "bytes of what is read, of what is uploaded, and of the target.");
+
     nb::enum_<Strategy>(module, "Strategy", "A way of reading.")
         .value("PREAD", Strategy::pread)
         .value("DIRECT", Strategy::direct)
@@ -317,16 +346,13 @@ void bind_readers(nb::module_& module) {
 
 void bind_engine(nb::module_& module) {
     nb::class_<Engine>(module, "Engine", "Threads that read, decode and copy.")
-        .def(
-            "__init__",
-            [](Engine* engine, std::shared_ptr<Device> device, Address ring, std::uint64_t chunk_size,
-               std::uint32_t threads, std::uint32_t buffers, int nice, std::uint32_t retries, double retry_delay) {
-                const nb::gil_scoped_release unlocked;
-                new (engine) Engine(std::move(device), pointer(ring),
-                                    {chunk_size, threads, buffers, nice, retries, retry_delay});
-            },
-            "device"_a, "ring"_a, "chunk_size"_a, "threads"_a, "buffers"_a, "nice"_a, "retries"_a, "retry_delay"_a,
-            "Starts the threads, over a ring of staging buffers that outlives them.")
+        .def(nb::new_([](std::shared_ptr<Device> device, Address ring, std::uint64_t chunk_size, std::uint32_t threads,
+                         std::uint32_t buffers, int nice, std::uint32_t retries, double retry_delay) {
+                 const Engine::Options options{chunk_size, threads, buffers, nice, retries, retry_delay};
+                 return make_threaded<Engine>(std::move(device), pointer(ring), options);
+             }),
+             "device"_a, "ring"_a, "chunk_size"_a, "threads"_a, "buffers"_a, "nice"_a, "retries"_a, "retry_delay"_a,
+             Unlocked(), "Starts the threads, over a ring of staging buffers that outlives them.")
         .def(
             "submit",
             [](Engine& engine, std::shared_ptr<Job> job, std::vector<Address> scratch,
@@ -361,8 +387,8 @@ void bind_layer_feed(nb::module_& module) {
                          std::vector<Address> scratch, std::uint32_t waiters, int nice) {
                  std::vector<LayerFeed::Layer> pieces;
                  for (const Pieces& layer : layers) pieces.push_back(read_pieces(layer));
-                 return std::make_shared<LayerFeed>(std::move(device), std::move(pieces), streams, std::move(scratch),
-                                                    waiters, nice);
+                 return make_threaded<LayerFeed>(std::move(device), std::move(pieces), streams, std::move(scratch),
+                                                 waiters, nice);
              }),
              "device"_a, "layers"_a, "streams"_a, "scratch"_a, "waiters"_a, "nice"_a,
              "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of "
@@ -398,7 +424,7 @@ NB_MODULE(_native, module) {
     asyncload::bind_driver(module);
     asyncload::bind_devices(module);
     asyncload::bind_job(module);
-    asyncload::bind_readers(module);
+    asyncload::bind_parts(module);
     asyncload::bind_engine(module);
     asyncload::bind_layer_feed(module);
 }
