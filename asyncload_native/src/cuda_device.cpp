@@ -50,7 +50,7 @@ class CudaStream final : public Stream {
         driver.cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING);
     }
     ~CudaStream() override {
-        drain();
+        driver_.cuStreamSynchronize.result(stream_);
         driver_.cuStreamDestroy.result(stream_);
     }
     CudaStream(const CudaStream&) = delete;

@@ -66,6 +66,13 @@ class Stream {
     virtual void record(Event& event) = 0;
     // Sleeps until all work has ended. Raises `DeviceError` if some of it failed.
     virtual void synchronize() = 0;
+    // The same, whatever became of the work: for who has no event to wait for.
+    void drain() noexcept {
+        try {
+            synchronize();
+        } catch (const DeviceError&) {  // then nothing of it moves any more
+        }
+    }
     virtual std::uint64_t handle() const noexcept = 0;
 };
 

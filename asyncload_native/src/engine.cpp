@@ -102,17 +102,9 @@ class Engine::Worker {
             stream_->record(*flight.event);  // also after a failure: what was enqueued uses the buffer
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, tensor);
-            drain();
+            stream_->drain();
         }
         lane.flight = std::move(flight);
-    }
-
-    // Waits for all that was enqueued, where no event says when it has ended.
-    void drain() {
-        try {
-            stream_->synchronize();
-        } catch (const DeviceError&) {  // then nothing of it moves any more
-        }
     }
 
     // Whether the host may write tensors where they go, as nothing on the device has to be waited for or timed. Asked
@@ -216,7 +208,7 @@ class Engine::Worker {
         } catch (const DeviceError& error) {
             const auto tensor = flight.task.job->cut_.segments[flight.task.chunk->first_segment].tensor;
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
-            drain();
+            stream_->drain();
         }
         if (flight.begun) {
             const std::lock_guard lock(flight.task.job->mutex_);
