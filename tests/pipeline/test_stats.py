@@ -24,7 +24,7 @@ def test_the_busiest_stage_is_the_bottleneck(read: float, decode: float, upload:
 
 
 def test_copies_that_overlap_count_once() -> None:
-    collected = Stats(Options())
+    collected = Stats(Options(threads=2))
     begin = collected._begin
     collected.uploaded(begin + 1.0, begin + 2.0, 10, 40)
     collected.uploaded(begin + 1.5, begin + 2.5, 10, 40)
@@ -37,7 +37,7 @@ def test_copies_that_overlap_count_once() -> None:
 
 
 def test_work_that_raises_counts_no_bytes() -> None:
-    collected = Stats(Options())
+    collected = Stats(Options(threads=2))
     with collected.working("read", 7):
         pass
     with pytest.raises(LookupError), collected.working("read", 7):
