@@ -27,9 +27,14 @@ _CHUNK_SIZES: Final[Mapping[tuple[str, DeviceKind], int]] = {
     ("native", "host"): 4 << 20,
 }
 _BUFFERS: Final = 16
-_BUFFERS_PER_THREAD: Final = 3  # the native engine's: while some are copied, the next is read
+_BUFFERS_PER_THREAD: Final = 2  # the native engine's: while one is copied, the next is read
 _MOST_STAGING: Final = 480 << 20
-_THREADS: Final = 8  # more fall behind, as they fill the last-level cache
+_THREADS: Final[Mapping[tuple[str, DeviceKind], int]] = {
+    ("python", "cuda"): 8,  # more fall behind, as they fill the last-level cache
+    ("python", "host"): 8,
+    ("native", "cuda"): 16,  # fewer do where the host is busy; those that are ahead of the bus sleep
+    ("native", "host"): 8,
+}
 _STREAMS: Final = 2
 
 
@@ -62,10 +67,11 @@ class Options:
     former where it was built. What is not a local file is always read by the Python engine.
     ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB on the host; 6 MiB, and 16
     MiB with the Python engine, for CUDA. ``staging`` (bytes) is the budget of all of them, read scratch included, 0 for
-    three chunks a thread (native), or 16 chunks, and 480 MiB at most;
+    two chunks a thread (native), or 16 chunks, and 480 MiB at most;
     ``decode`` says where blocks become numbers: on the ``"device"``, on the ``"host"`` before they cross the bus, or
     ``"auto"``: on a CUDA device where it has a kernel, else on the host;
-    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8;
+    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8, or 16
+    (native, with CUDA);
     ``streams`` the device streams of the Python engine, 0 for two (the native engine has one a thread);
     ``depth`` the chunks that may be under way on one of these; ``retries`` how often a read that failed for a passing
     reason is made again, the first after ``retry_delay`` seconds and each later one after twice the time;
@@ -114,8 +120,9 @@ class Options:
     def suited_to(self, kind: DeviceKind) -> Options:
         """The same options with the sizes that suit a kind of device, and the engine, where they were left open."""
         native = self.engine != "python"
-        chunk_size = self.chunk_size or _CHUNK_SIZES["native" if native else "python", kind]
-        threads = self.threads or min(_THREADS, len(os.sched_getaffinity(0)))
+        engine = "native" if native else "python"
+        chunk_size = self.chunk_size or _CHUNK_SIZES[engine, kind]
+        threads = self.threads or min(_THREADS[engine, kind], len(os.sched_getaffinity(0)))
         buffers = _BUFFERS_PER_THREAD * threads if native else _BUFFERS
         staging = self.staging or max(min(buffers * chunk_size, _MOST_STAGING), 2 * chunk_size)
         streams = self.streams or _STREAMS
