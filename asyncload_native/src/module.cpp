@@ -275,9 +275,12 @@ void bind_job(nb::module_& module) {
         .def("times", &Job::times, "Where its time went, until now.");
 }
 
-nb::list cut_table(const Table& tensors, std::uint64_t chunk_size) {
+using Share = nb::typed<nb::tuple, int, nb::ellipsis>;
+using ChunkRow = nb::typed<nb::tuple, int, int, int, int, nb::typed<nb::list, Share>>;
+
+nb::typed<nb::list, ChunkRow> cut_table(const Table& tensors, std::uint64_t chunk_size) {
     const Cut pieces = cut(read_table(tensors), chunk_size);
-    nb::list chunks;
+    nb::typed<nb::list, ChunkRow> chunks;
     for (const Chunk& chunk : pieces.chunks) {
         nb::list segments;
         for (const Segment& each : std::span(pieces.segments).subspan(chunk.first_segment, chunk.n_segments))
