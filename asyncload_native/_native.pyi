@@ -266,7 +266,7 @@ class Job:
     def times(self) -> Times:
         """Where its time went, until now."""
 
-def cut(tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int) -> list[tuple[int, int, int, int, list[tuple[int, ...]]]]:
+def cut(tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int) -> list[tuple[int, int, int, int, list[tuple[int, int, int, int, int, int, int]]]]:
     """
     The chunks of a job: group, file, offset and bytes, and of each tensor's share: the tensor, the offset and
     bytes of what is read, of what is uploaded, and of the target.

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
 
 #include "build_info.h"
 #include "consumer.h"
@@ -275,18 +276,19 @@ void bind_job(nb::module_& module) {
         .def("times", &Job::times, "Where its time went, until now.");
 }
 
-using Share = nb::typed<nb::tuple, int, nb::ellipsis>;
-using ChunkRow = nb::typed<nb::tuple, int, int, int, int, nb::typed<nb::list, Share>>;
+using SegmentRow =
+    std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+using ChunkRow = std::tuple<std::uint32_t, std::uint32_t, std::uint64_t, std::uint64_t, std::vector<SegmentRow>>;
 
-nb::typed<nb::list, ChunkRow> cut_table(const Table& tensors, std::uint64_t chunk_size) {
+std::vector<ChunkRow> cut_table(const Table& tensors, std::uint64_t chunk_size) {
     const Cut pieces = cut(read_table(tensors), chunk_size);
-    nb::typed<nb::list, ChunkRow> chunks;
+    std::vector<ChunkRow> chunks;
     for (const Chunk& chunk : pieces.chunks) {
-        nb::list segments;
+        std::vector<SegmentRow> segments;
         for (const Segment& each : std::span(pieces.segments).subspan(chunk.first_segment, chunk.n_segments))
-            segments.append(nb::make_tuple(each.tensor, each.source_offset, each.source_nbytes, each.upload_offset,
-                                           each.upload_nbytes, each.target_offset, each.target_nbytes));
-        chunks.append(nb::make_tuple(chunk.group, chunk.file, chunk.offset, chunk.nbytes, segments));
+            segments.emplace_back(each.tensor, each.source_offset, each.source_nbytes, each.upload_offset,
+                                  each.upload_nbytes, each.target_offset, each.target_nbytes);
+        chunks.emplace_back(chunk.group, chunk.file, chunk.offset, chunk.nbytes, std::move(segments));
     }
     return chunks;
 }
