@@ -59,6 +59,11 @@ class StubCuda:
         """A decoding kernel that is a C function ``(source, target, n_blocks) -> 1``, by its address."""
         return int(self._library.stub_kernel(ctypes.c_void_p(address), ctypes.c_uint64(blocks_per_group)))
 
+    @property
+    def double(self) -> int:
+        """The address of a host kernel, which makes two of each byte; "stub_double" for ``fail`` and ``calls``."""
+        return ctypes.cast(self._library.stub_double, ctypes.c_void_p).value or 0
+
     def live(self, what: str) -> int:
         """How many there are of "contexts" (retained), "memory", "registered", "streams" or "events"."""
         return int(self._library.stub_live(what.encode()))

@@ -1,0 +1,125 @@
+"""Jobs of the C++ engine by themselves: a file of tensors, memory to move them to, and the wait for the end."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from asyncload_native import Device, Engine, Event, Failure, File, Job
+
+__all__ = ["CHUNK", "NOWHERE", "ON_DEVICE", "ON_HOST", "Outcome", "Tensors", "open_engine", "wait"]
+
+CHUNK = 64 << 10
+NOWHERE, ON_HOST, ON_DEVICE = range(3)  # where a tensor is decoded
+PATIENCE = 60.0  # seconds, where waiting longer is a hang
+
+
+@contextmanager
+def open_engine(device: Device, *, threads: int = 2, buffers: int = 4, retries: int = 3) -> Iterator[Engine]:
+    """An engine with a ring of its own, closed at the end."""
+    from asyncload_native import Engine
+
+    ring = np.empty(buffers * CHUNK, np.uint8)
+    engine = Engine(
+        device, ring.ctypes.data, CHUNK, threads=threads, buffers=buffers, nice=0, retries=retries, retry_delay=0.0
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@dataclass
+class Outcome:
+    """What a job has told."""
+
+    landed: list[int] = field(default_factory=list)
+    moved: int = 0
+    polls: int = 0
+    ended: bool = False
+    failure: Failure | None = None
+
+    def hear(self, job: Job) -> None:
+        """Takes its news."""
+        news = job.poll()
+        self.polls += 1
+        self.landed += news.landed
+        self.moved += news.moved
+        self.ended = news.ended
+        self.failure = news.failure
+
+
+def wait(job: Job) -> Outcome:
+    """Waits for a job's end."""
+    outcome = Outcome()
+    poll = select.poll()
+    poll.register(job.descriptor, select.POLLIN)
+    while not outcome.ended:
+        assert poll.poll(PATIENCE * 1000), "the job does not end"
+        outcome.hear(job)
+    return outcome
+
+
+class Tensors:
+    """A file of random bytes: one tensor of each size, in blocks of a byte each.
+
+    What is decoded becomes twice as long, by a kernel such as ``StubCuda.double``.
+    """
+
+    def __init__(self, path: Path, sizes: Sequence[int], *, seed: int = 0) -> None:
+        self.path = path
+        self.sizes = sizes
+        self.offsets = [int(sum(sizes[:index])) for index in range(len(sizes))]
+        self.data = np.random.default_rng(seed).integers(0, 256, sum(sizes), np.uint8)
+        path.write_bytes(self.data.tobytes())
+
+    def open(self) -> File:
+        """The file."""
+        from asyncload_native import File
+
+        return File.open(str(self.path), 0)[0]
+
+    def job(
+        self,
+        file: File,
+        *,
+        decode: int = NOWHERE,
+        kernel: int = 0,
+        wake: str = "END",
+        skip: Sequence[int] = (),
+        timed: bool = False,
+    ) -> Job:
+        """A job that moves all of them, or that decodes all of them at one place."""
+        from asyncload_native import Job, Wake
+
+        growth = 1 if decode == NOWHERE else 2
+        rows = [
+            (0, offset, nbytes, growth * nbytes, decode, 1, growth, kernel, 1, index in skip)
+            for index, (offset, nbytes) in enumerate(zip(self.offsets, self.sizes, strict=True))
+        ]
+        return Job([file], np.array(rows, np.uint64).reshape(-1, 10), CHUNK, Wake[wake], to_host=False, timed=timed)
+
+    def start(
+        self,
+        engine: Engine,
+        job: Job,
+        targets: Sequence[int],
+        *,
+        scratch: Sequence[int] = (),
+        after: Sequence[Event] = (),
+    ) -> None:
+        """Has it moved to these addresses."""
+        engine.submit(job, scratch, after)
+        engine.admit(job, max(job.groups, default=-1) + 1, 0, np.array(targets, np.uint64))
+
+    def wanted(self, index: int, decode: int = NOWHERE) -> bytes:
+        """What a tensor is where it has been moved to."""
+        packed = self.data[self.offsets[index] :][: self.sizes[index]]
+        return (packed if decode == NOWHERE else np.repeat(packed, 2)).tobytes()

@@ -1,0 +1,427 @@
+"""The C++ engine by itself, on the host device: bytes, failures, the end, and the locks."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import os
+import random
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.native.jobs import CHUNK, NOWHERE, ON_DEVICE, ON_HOST, Outcome, Tensors, open_engine, wait
+from tests.native.stub_cuda import StubCuda
+
+if TYPE_CHECKING:
+    from asyncload_native import HostDevice
+
+pytestmark = pytest.mark.native
+
+SIZES = [3 * CHUNK + 17, 100, 0, 5000, CHUNK, 1, 2 * CHUNK, 40_000, 31_000, 9]
+PLACES = [NOWHERE, ON_HOST, ON_DEVICE]
+
+
+@pytest.fixture
+def tensors(tmp_path: Path) -> Tensors:
+    return Tensors(tmp_path / "tensors", SIZES)
+
+
+@pytest.fixture
+def device() -> HostDevice:
+    from asyncload_native import HostDevice
+
+    return HostDevice()
+
+
+class Targets:
+    """Memory for all tensors, and the scratch of two threads."""
+
+    def __init__(self, tensors: Tensors, decode: int = NOWHERE) -> None:
+        growth = 1 if decode == NOWHERE else 2
+        self._tensors, self._decode = tensors, decode
+        self._memory = [np.full(growth * nbytes, 0xEE, np.uint8) for nbytes in tensors.sizes]
+        self._scratch = [np.empty(CHUNK, np.uint8) for _ in range(2)]
+        self.addresses = [memory.ctypes.data for memory in self._memory]
+        self.scratch = [memory.ctypes.data for memory in self._scratch]
+
+    def right(self, index: int) -> bool:
+        """Whether a tensor is what it is to be."""
+        return self._memory[index].tobytes() == self._tensors.wanted(index, self._decode)
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("pace", [(0.0, 0.0, False), (0.0, 0.0, True), (200e6, 0.0, True), (0.0, 1e-3, False)])
+@pytest.mark.parametrize("decode", PLACES)
+def test_every_tensor_comes_where_it_was_to_come(
+    tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, pace: tuple[float, float, bool]
+) -> None:
+    device.set_pace(*pace)
+    targets = Targets(tensors, decode)
+    with open_engine(device) as engine:
+        job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double, wake="CHUNK", skip=[4])
+        tensors.start(engine, job, targets.addresses, scratch=targets.scratch)
+        outcome = wait(job)
+        assert not engine.busy
+    assert outcome.failure is None
+    assert sorted(outcome.landed) == [index for index in range(len(SIZES)) if index != 4]
+    assert outcome.moved == (1 if decode == NOWHERE else 2) * (sum(SIZES) - SIZES[4])
+    assert [targets.right(index) for index in range(len(SIZES))] == [index != 4 for index in range(len(SIZES))]
+    times = job.times()
+    assert times.read_nbytes >= sum(SIZES) - SIZES[4]
+    assert times.decoded_nbytes == (outcome.moved if decode == ON_HOST else 0)
+
+
+def test_what_is_changed_on_the_way_counts_from_the_next_chunk_on(tensors: Tensors, device: HostDevice) -> None:
+    """A device may be slowed, poisoned or made to fail at any time: no chunk is moved half this way, half that."""
+    done = threading.Event()
+
+    def change() -> None:
+        rng = random.Random(0)
+        while not done.is_set():
+            device.set_pace(rng.choice([0.0, 1e9]), 0.0, rng.choice([True, False]))
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        with open_engine(device) as engine:
+            for _ in range(100):
+                targets = Targets(tensors)
+                job = tensors.job(tensors.open())
+                tensors.start(engine, job, targets.addresses)
+                assert wait(job).failure is None
+                assert all(targets.right(index) for index in range(len(SIZES)))
+    finally:
+        done.set()
+        changing.join()
+
+
+def test_the_times_of_a_jobs_copies_stay_its_own(tensors: Tensors, device: HostDevice) -> None:
+    targets = Targets(tensors)
+    with open_engine(device, threads=1, buffers=2) as engine:
+        job = tensors.job(tensors.open(), timed=True)
+        tensors.start(engine, job, targets.addresses)
+        assert wait(job).failure is None
+        (copies,) = job.copies()
+        before = [(begun.passed_at, arrived.passed_at) for begun, arrived in copies]
+        assert all(arrived.seconds_since(begun) >= 0 for begun, arrived in copies)
+        assert before == sorted(before)
+        for _ in range(3):
+            other = tensors.job(tensors.open())
+            device.set_pace(0.0, 0.0, poison=True)  # not in place: events are recorded
+            tensors.start(engine, other, targets.addresses)
+            assert wait(other).failure is None
+        assert [(begun.passed_at, arrived.passed_at) for begun, arrived in copies] == before
+
+
+class TestFailures:
+    def fail(self, tensors: Tensors, device: HostDevice, job: Any, targets: Targets) -> Outcome:
+        before = descriptors() - 2  # the job has one, and the file
+        with open_engine(device) as engine:
+            tensors.start(engine, job, targets.addresses, scratch=targets.scratch)
+            outcome = wait(job)
+            assert not engine.busy
+            assert all(targets.right(index) for index in outcome.landed)
+            assert len(outcome.landed) < len(SIZES)
+        job.close()
+        assert descriptors() == before, "the end of a job closes its file"
+        return outcome
+
+    @pytest.mark.parametrize("decode", PLACES)
+    @pytest.mark.parametrize("number", [1, 3, 6])
+    def test_a_read(self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, number: int) -> None:
+        from asyncload_native import FailureKind
+
+        file = tensors.open()
+        file.fail_read(number, errno.EBADF)
+        job = tensors.job(file, decode=decode, kernel=stub_cuda.double)
+        del file
+        failure = self.fail(tensors, device, job, Targets(tensors, decode)).failure
+        assert failure is not None
+        assert (failure.kind, failure.error_number, failure.transient) == (FailureKind.READ, errno.EBADF, False)
+        assert failure.what == f"{tensors.path}: {os.strerror(errno.EBADF)}"
+        begin = tensors.offsets[failure.tensor]
+        assert begin <= failure.offset < begin + SIZES[failure.tensor]
+
+    def test_a_read_that_fails_in_passing(self, tensors: Tensors, device: HostDevice) -> None:
+        file = tensors.open()
+        for number in (1, 2, 5):
+            file.fail_read(number, errno.EIO)
+        targets = Targets(tensors)
+        with open_engine(device, threads=1, buffers=2) as engine:
+            job = tensors.job(file)
+            tensors.start(engine, job, targets.addresses)
+            assert wait(job).failure is None
+        assert job.times().retries == 3
+        assert all(targets.right(index) for index in range(len(SIZES)))
+
+    def test_a_read_that_fails_in_passing_too_often(self, tensors: Tensors, device: HostDevice) -> None:
+        file = tensors.open()
+        for number in range(3, 100):
+            file.fail_read(number, errno.EIO)
+        targets = Targets(tensors)
+        with open_engine(device, threads=1, buffers=2, retries=2) as engine:
+            job = tensors.job(file)
+            tensors.start(engine, job, targets.addresses)
+            failure = wait(job).failure
+        assert failure is not None
+        assert (failure.error_number, failure.transient, job.times().retries) == (errno.EIO, True, 2)
+
+    @pytest.mark.parametrize("how", ["touch", "truncate", "remove"])
+    def test_a_file_that_has_changed(self, tensors: Tensors, device: HostDevice, how: str) -> None:
+        from asyncload_native import FailureKind
+
+        job = tensors.job(tensors.open())
+        if how == "touch":
+            os.utime(tensors.path, ns=(5, 5))
+        elif how == "truncate":
+            os.truncate(tensors.path, 1000)
+        else:
+            tensors.path.unlink()
+        outcome = self.fail(tensors, device, job, Targets(tensors))
+        assert outcome.failure is not None
+        assert outcome.failure.kind == FailureKind.CHANGED
+        assert outcome.landed == []
+
+    def test_a_file_that_ends_before_a_tensor_does(self, tensors: Tensors, device: HostDevice) -> None:
+        from asyncload_native import FailureKind
+
+        os.truncate(tensors.path, sum(SIZES) - 1)
+        failure = self.fail(tensors, device, tensors.job(tensors.open()), Targets(tensors)).failure
+        assert failure is not None
+        assert (failure.kind, failure.offset) == (FailureKind.ENDED, sum(SIZES) - 1)
+
+    @pytest.mark.parametrize("decode", PLACES)
+    @pytest.mark.parametrize("number", [1, 4])
+    def test_a_copy(self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, number: int) -> None:
+        from asyncload_native import FailureKind
+
+        device.fail_copy(number)
+        job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double)
+        failure = self.fail(tensors, device, job, Targets(tensors, decode)).failure
+        assert failure is not None
+        assert (failure.kind, failure.what) == (FailureKind.COPY, "a copy failed, as a test asked")
+        assert SIZES[failure.tensor]
+
+    @pytest.mark.parametrize("decode", [ON_HOST, ON_DEVICE])
+    @pytest.mark.parametrize("number", [1, 4])
+    def test_a_kernel(
+        self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, number: int
+    ) -> None:
+        stub_cuda.fail("stub_double", 1, nth=number)
+        job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double)
+        failure = self.fail(tensors, device, job, Targets(tensors, decode)).failure
+        assert failure is not None
+        assert "decoding kernel failed" in failure.what
+        assert SIZES[failure.tensor]
+
+    def test_what_has_failed_is_moved_by_the_next_job(self, tensors: Tensors, device: HostDevice) -> None:
+        targets = Targets(tensors)
+        device.fail_copy(5)
+        with open_engine(device) as engine:
+            job = tensors.job(tensors.open())
+            tensors.start(engine, job, targets.addresses)
+            landed = wait(job).landed
+            assert len(landed) < len(SIZES)
+            rest = tensors.job(tensors.open(), skip=landed)
+            tensors.start(engine, rest, targets.addresses)
+            assert sorted(landed + wait(rest).landed) == list(range(len(SIZES)))
+        assert all(targets.right(index) for index in range(len(SIZES)))
+
+
+class TestTheEnd:
+    def test_of_a_job_that_is_cancelled_before_anything_is_admitted(self, tensors: Tensors, device: HostDevice) -> None:
+        with open_engine(device) as engine:
+            job = tensors.job(tensors.open())
+            engine.submit(job, [], [])
+            assert not job.poll().ended
+            engine.cancel(job)
+            assert wait(job).landed == []
+
+    def test_of_a_job_that_is_cancelled_comes_behind_its_copies(self, tensors: Tensors, device: HostDevice) -> None:
+        device.set_pace(10e6, 0.0, poison=True)
+        targets = Targets(tensors)
+        with open_engine(device) as engine:
+            job = tensors.job(tensors.open(), wake="CHUNK")
+            tensors.start(engine, job, targets.addresses)
+            assert select.select([job.descriptor], [], [], 60)[0]  # some have come, others are on their way
+            engine.cancel(job)
+            outcome = wait(job)
+            assert not any(
+                device.uses(address, nbytes) for address, nbytes in zip(targets.addresses, SIZES, strict=True)
+            )
+        assert outcome.failure is None
+        assert 0 < outcome.moved < sum(SIZES)
+        assert all(targets.right(index) for index in outcome.landed)
+
+    def test_of_an_engine_ends_its_jobs(self, tensors: Tensors, device: HostDevice) -> None:
+        device.set_pace(10e6, 0.0, poison=True)
+        targets = Targets(tensors)
+        with open_engine(device) as engine:
+            job, idle, late = (tensors.job(tensors.open()) for _ in range(3))
+            tensors.start(engine, job, targets.addresses)
+            engine.submit(idle, [], [])
+            engine.close()
+            assert wait(job).failure is None
+            assert wait(idle).landed == []
+            engine.submit(late, [], [])
+            assert wait(late).landed == []
+            engine.close()
+
+    def test_of_a_job_without_tensors_comes_at_once(self, tmp_path: Path, device: HostDevice) -> None:
+        nothing = Tensors(tmp_path / "nothing", [])
+        with open_engine(device) as engine:
+            job = nothing.job(nothing.open())
+            nothing.start(engine, job, [])
+            assert wait(job).landed == []
+
+    def test_of_a_job_that_nobody_holds_any_more(self, tensors: Tensors, device: HostDevice) -> None:
+        device.set_pace(20e6, 0.0, poison=True)
+        before = descriptors()
+        targets = Targets(tensors)
+        with open_engine(device) as engine:
+            job = tensors.job(tensors.open(), wake="CHUNK")
+            tensors.start(engine, job, targets.addresses)
+            del job
+            gc.collect()
+            assert descriptors() > before
+            while engine.busy:
+                time.sleep(0.001)
+        assert descriptors() == before
+
+
+class TestTheInterpreterLock:
+    @contextmanager
+    def spinning(self, count: int) -> Iterator[None]:
+        """Threads that want the lock all of the time."""
+        done = threading.Event()
+
+        def spin() -> None:
+            while not done.is_set():
+                sum(range(100))
+
+        threads = [threading.Thread(target=spin) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+
+    @pytest.mark.parametrize("wake", ["END", "CHUNK"])
+    @pytest.mark.parametrize("poison", [False, True])
+    @pytest.mark.parametrize("decode", PLACES)
+    def test_a_load_takes_place_while_somebody_keeps_it(
+        self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, poison: bool, wake: str
+    ) -> None:
+        """``ctypes.PyDLL`` keeps the lock during its calls: here until the job says that it has ended."""
+
+        class PollFd(ctypes.Structure):
+            _fields_ = [("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short)]  # noqa: RUF012
+
+        device.set_pace(0.0, 0.0, poison=poison)
+        targets = Targets(tensors, decode)
+        with open_engine(device) as engine:
+            job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double)
+            engine.submit(job, targets.scratch, [])
+            waiting = PollFd(job.descriptor, select.POLLIN, 0)
+            poll = ctypes.PyDLL(None).poll
+            engine.admit(job, max(job.groups) + 1, 0, np.array(targets.addresses, np.uint64))
+            assert poll(ctypes.byref(waiting), ctypes.c_ulong(1), 60_000) == 1
+            outcome = Outcome()
+            outcome.hear(job)
+        assert outcome.ended
+        assert sorted(outcome.landed) == list(range(len(SIZES)))
+        assert all(targets.right(index) for index in range(len(SIZES)))
+
+    def test_jobs_are_cancelled_closed_and_dropped_at_any_time(
+        self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda
+    ) -> None:
+        """Four threads on one engine, beside two that want the interpreter lock: nobody waits for another for ever."""
+        device.set_pace(500e6, 0.0, poison=True)
+        failures: list[str] = []
+        before = descriptors()
+
+        def load(engine: Any, seed: int) -> None:
+            rng = random.Random(seed)
+            for _ in range(40):
+                decode = rng.choice(PLACES)
+                targets = Targets(tensors, decode)
+                job = tensors.job(
+                    tensors.open(), decode=decode, kernel=stub_cuda.double, wake=rng.choice(["END", "CHUNK"])
+                )
+                tensors.start(engine, job, targets.addresses, scratch=targets.scratch)
+                kept.append(targets)  # until the engine is closed, as nobody waits for what is dropped
+                what = rng.choice(["wait", "cancel", "close", "drop"])
+                time.sleep(rng.random() / 1000)
+                if what == "wait":
+                    outcome = wait(job)
+                    if outcome.failure or not all(targets.right(index) for index in range(len(SIZES))):
+                        failures.append(f"{seed}: {outcome}")
+                elif what == "cancel":
+                    engine.cancel(job)
+                    wait(job)
+                elif what == "close":
+                    job.close()
+                del job
+
+        kept: list[Targets] = []
+        with self.spinning(2):
+            for _ in range(3):
+                with open_engine(device, threads=2, buffers=5) as engine:
+                    threads = [threading.Thread(target=load, args=(engine, seed)) for seed in range(4)]
+                    for thread in threads:
+                        thread.start()
+                    for thread in threads:
+                        thread.join()
+                kept.clear()
+        assert failures == []
+        assert descriptors() == before
+
+    def test_an_engine_is_dropped_while_its_kernels_want_it(self, tensors: Tensors, device: HostDevice) -> None:
+        """A kernel that takes the lock, as one that prints an exception does, lets the engine end all the same."""
+        from asyncload_native import Engine
+
+        kernel_type = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)
+        called = threading.Event()
+
+        def fail(*_: int) -> int:
+            called.set()
+            time.sleep(0.01)
+            return 0
+
+        kernel = kernel_type(fail)
+        ring, targets = np.empty(4 * CHUNK, np.uint8), Targets(tensors, ON_HOST)
+        engine = Engine(device, ring.ctypes.data, CHUNK, threads=2, buffers=4, nice=0, retries=0, retry_delay=0.0)
+        job = tensors.job(tensors.open(), decode=ON_HOST, kernel=ctypes.cast(kernel, ctypes.c_void_p).value or 0)
+        tensors.start(engine, job, targets.addresses)
+        assert called.wait(60)
+        del engine
+        assert wait(job).failure is not None
+
+
+def test_memory_under_a_copy_is_in_use(tensors: Tensors, device: HostDevice) -> None:
+    device.set_pace(20e6, 0.0, poison=True)
+    targets = Targets(tensors)
+    used: Callable[[], bool] = lambda: bool(device.uses(targets.addresses[0], SIZES[0]))  # noqa: E731
+    with open_engine(device) as engine:
+        assert not used()
+        job = tensors.job(tensors.open())
+        tensors.start(engine, job, targets.addresses)
+        while not used():  # its first chunk is enqueued at some time, and then takes milliseconds
+            assert not job.poll().ended
+        wait(job)
+        assert not used()
