@@ -105,15 +105,14 @@ class HostStream final : public Stream {
     }
 
     void upload(Address target, const std::byte* source, std::size_t nbytes) override {
-        const auto use = device_.use(target, address(source), nbytes);
-        push([=, this, enqueued = Clock::now()] {
+        push([=, this, enqueued = Clock::now(), use = device_.use(target, address(source), nbytes)] {
             ended_ = device_.copy(pointer(target), source, nbytes, enqueued, ended_);
         });
     }
 
     void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) override {
-        const auto use = device_.use(target, source, 1);  // of each, as much as says which it is
-        push([=, function = reinterpret_cast<HostKernel>(kernel.handle)] {
+        push([=, function = reinterpret_cast<HostKernel>(kernel.handle),
+              use = device_.use(target, source, 1)] {  // of each, as much as says which it is
             if (function(static_cast<std::intptr_t>(source), static_cast<std::intptr_t>(target), n_blocks) != 1)
                 throw DeviceError("a decoding kernel failed", "");
         });

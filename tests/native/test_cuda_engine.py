@@ -222,6 +222,77 @@ def test_an_engine_that_cannot_be_made_leaves_nothing(loads: Loads, function: st
     assert (loads.cuda.live("streams"), loads.cuda.live("events")) == (0, 0)
 
 
+DRIVER_CALLS = (
+    "cuInit",
+    "cuDeviceGet",
+    "cuDevicePrimaryCtxRetain",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuStreamCreate",
+    "cuStreamWaitEvent",
+    "cuStreamSynchronize",
+    "cuStreamDestroy_v2",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuEventDestroy_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuLaunchKernel",
+    "cuDevicePrimaryCtxRelease_v2",
+)
+
+
+QUIET = {"cuStreamDestroy_v2", "cuEventDestroy_v2", "cuDevicePrimaryCtxRelease_v2"}  # it is too late for an error
+CLOSING = {"cuCtxGetCurrent", "cuCtxSetCurrent", "cuStreamSynchronize"}  # also where it is
+
+
+def count_live(cuda: StubCuda) -> int:
+    return sum(cuda.live(what) for what in ("contexts", "streams", "events"))
+
+
+def load_once(loads: Loads, before: int, *, timed: bool) -> list[str]:
+    """A device, an engine and a load, each ended; the errors on the way."""
+    from asyncload_native import CudaDevice, CudaError, Driver
+
+    kernel, targets, errors = (loads.cuda.kernel(loads.cuda.double, blocks_per_group=7), 7), [], []
+    try:
+        loads.device = CudaDevice(Driver(loads.cuda.path), 0)
+        engine = loads.make_engine()
+        after = [loads.device.adopt_event(before)]
+        job, targets = loads.begin(engine, kernel=kernel, after=after, sizes=SIZES[:3], timed=timed)
+        assert ended(job)
+        if (failure := job.poll().failure) is not None:
+            errors.append(failure.what)
+        engine.close()
+    except CudaError as error:
+        errors.append(str(error))
+    for address in targets:  # which is a violation under work
+        assert loads.cuda.call("cuMemFree_v2", address) == 0
+    return errors
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("function", DRIVER_CALLS)
+def test_whichever_call_of_a_load_fails(loads: Loads, function: str, timed: bool) -> None:
+    """Each call of a function once: the error names it, and nothing is left."""
+    cuda = loads.cuda
+    del loads.device
+    before = cuda.make("cuEventCreate", 2)
+    struck, nth = True, 0
+    while struck:
+        nth += 1
+        calls, live = cuda.calls(function), count_live(cuda)
+        cuda.fail(function, UNKNOWN, nth=nth)
+        errors = load_once(loads, before, timed=timed)
+        loads.__dict__.pop("device", None)
+        struck = cuda.calls(function) - calls >= nth
+        assert count_live(cuda) - live == int(struck and function in QUIET)
+        assert all(function in error for error in errors)
+        assert len(errors) == int(struck) or function in QUIET | CLOSING
+    assert nth > 1
+    cuda.fail(function, 0, nth=1 << 30)
+
+
 def test_the_context_is_given_back_with_the_device(loads: Loads) -> None:
     retained = loads.cuda.live("contexts")
     loads.make_engine().close()

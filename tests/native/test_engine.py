@@ -288,7 +288,7 @@ class TestTheEnd:
             assert wait(job).landed == []
 
     def test_of_a_job_that_nobody_holds_any_more(self, tensors: Tensors, device: HostDevice) -> None:
-        device.set_pace(20e6, 0.0, poison=True)
+        device.set_pace(1e6, 0.0, poison=True)  # it takes half a second
         before = descriptors()
         targets = Targets(tensors)
         with open_engine(device) as engine:
@@ -414,14 +414,14 @@ class TestTheInterpreterLock:
 
 
 def test_memory_under_a_copy_is_in_use(tensors: Tensors, device: HostDevice) -> None:
-    device.set_pace(20e6, 0.0, poison=True)
+    device.set_pace(1e6, 0.0, poison=True)  # it takes half a second
     targets = Targets(tensors)
     used: Callable[[], bool] = lambda: bool(device.uses(targets.addresses[0], SIZES[0]))  # noqa: E731
     with open_engine(device) as engine:
         assert not used()
         job = tensors.job(tensors.open())
         tensors.start(engine, job, targets.addresses)
-        while not used():  # its first chunk is enqueued at some time, and then takes milliseconds
+        while not used():
             assert not job.poll().ended
         wait(job)
         assert not used()
