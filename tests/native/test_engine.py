@@ -330,7 +330,7 @@ class TestTheInterpreterLock:
         """``ctypes.PyDLL`` keeps the lock during its calls: here until the job says that it has ended."""
 
         class PollFd(ctypes.Structure):
-            _fields_ = [("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short)]  # noqa: RUF012
+            _fields_ = [("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short)]
 
         device.set_pace(0.0, 0.0, poison=poison)
         targets = Targets(tensors, decode)
