@@ -184,8 +184,8 @@ class Loader:
         globs to these; integer tensors keep their type. ``select``: names, globs and layer numbers. ``into``: the
         caller's own buffers by name (contiguous, of the tensor's shape and dtype, on this device); tensors without one
         are allocated. ``progress``: called on the event loop's thread with a ``Progress`` as chunks arrive, or a
-        ``ProgressStream``; chunks that come faster than the loop turns are told together. ``resume``: the ``partial`` of
-        an error, whose tensors are not moved again.
+        ``ProgressStream``; chunks that come faster than the loop turns are told together. ``resume``: the ``partial``
+        of an error, whose tensors are not moved again.
 
         Raises ``SourceError``, ``FormatError``, ``PlanError`` (nothing has moved) and ``DeviceError``. When it raises
         or is cancelled, no copy is under way any more and device memory is as before, but for an error's ``partial``.
