@@ -183,7 +183,7 @@ async def _open_feed(loader: Loader, path: Path, slots: int) -> AsyncGenerator[t
     layers = [*plan.layers.values()]
     source = open_source(path)
     memory = [engine.tracker.allocate(plan.slot_nbytes, Purpose.SLOTS, f"slot {slot}") for slot in range(slots)]
-    feed = NativeSlabFeed(engine, engine.native, Slabs(engine, layers), layers, waiters=1, wait=_never)
+    feed = NativeSlabFeed(engine, engine.native, Slabs(engine, layers), layers, _never, trace=False)
     try:
         await feed.fill([source])
         yield feed._feed, [slot.address for slot in memory], len(layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncload.layers._feed import FileFeed, SlabFeed
+from asyncload.layers._feed import FileFeed, Settle, SlabFeed
 from asyncload.layers._layer import Layer
 from asyncload.layers._link import link_rate
 from asyncload.layers._native_feed import NativeSlabFeed
@@ -24,6 +24,7 @@ __all__ = [
     "PassStats",
     "Ride",
     "Scheduler",
+    "Settle",
     "SlabFeed",
     "Slabs",
     "Slot",

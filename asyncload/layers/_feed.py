@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import cycle
 
 from asyncload.device import DeviceMemory, Event, StagingMemory, Stream
+from asyncload.errors import DeviceError
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed
@@ -16,7 +18,10 @@ from asyncload.plan import Decode, LayerPlan, TensorPlan, cut_tensor
 from asyncload.source import Source
 from asyncload.threads import Threads
 
-__all__ = ["FileFeed", "SlabFeed"]
+__all__ = ["FileFeed", "Settle", "SlabFeed"]
+
+# Waits, off the loop, until events have passed; raises ``DeviceError`` if work before one failed.
+Settle = Callable[[Sequence[Event]], Awaitable[None]]
 
 
 class SlabFeed:
@@ -26,8 +31,9 @@ class SlabFeed:
     pieces through a scratch for each of several streams, so that one copies while another decodes.
     """
 
-    def __init__(self, engine: Engine, slabs: Slabs, *, decodes: bool) -> None:
+    def __init__(self, engine: Engine, slabs: Slabs, settle: Settle, *, decodes: bool) -> None:
         """Opens streams and scratch; blocks."""
+        self._settle = settle
         self._device = engine.device
         self._spans = engine.spans
         self._slabs = slabs
@@ -46,8 +52,12 @@ class SlabFeed:
             raise
 
     async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
-        """Enqueues a layer's copies and kernels."""
-        return await self._thread.run(self._enqueue, layer, slot)
+        """Enqueues a layer's copies and kernels, and waits for the work before it in the slot."""
+        busy = slot.busy
+        fed = await self._thread.run(self._enqueue, layer, slot)
+        with suppress(DeviceError):  # the consumer's, whose own stream reports it
+            await self._settle(busy)
+        return fed
 
     async def fill(self, sources: Sequence[Source]) -> None:
         """Reads all layers into their slabs."""
@@ -65,7 +75,9 @@ class SlabFeed:
                 self._copy(layer, slot.memory)
             finally:
                 slot.busy = [stream.record(timing=True) for stream in self._streams]
-        return Fed(slot.busy, [[around] for around in zip(begun, slot.busy, strict=True)])
+        arrived = slot.busy
+        copies = [[around] for around in zip(begun, arrived, strict=True)]
+        return Fed(arrived, copies, partial(self._settle, arrived))
 
     def _copy(self, layer: LayerPlan, slot: DeviceMemory) -> None:
         slab = self._slabs[layer.number]

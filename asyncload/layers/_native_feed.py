@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import anyio
 
 from asyncload.device import DeviceMemory, Event
-from asyncload.errors import ClosedError, CopyError
+from asyncload.errors import CopyError, DeviceError
+from asyncload.layers._feed import Settle
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed
 from asyncload.memory import Allocation, Purpose
-from asyncload.pipeline import Engine, NativeBackend, Sink
+from asyncload.pipeline import Engine, NativeBackend, Sink, ThreadSpan
 from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, LoadPlan, TensorPlan, cut_tensor
 from asyncload.source import Source
 
 __all__ = ["NativeSlabFeed"]
 
 _STREAMS: Final = 2  # one copies while the other decodes
-
-# Waits, off the loop, for events that C++ threads cannot wait for, and raises what ``Event.synchronize`` raises.
-WaitForEvents = Callable[[Sequence[Event]], Awaitable[None]]
+# What ``asyncload_native.LayerFeed`` notes of its threads: their names, and what they do for a layer.
+_SPANS: Final = (("feed", "enqueue layer"), ("slots", "wait for the slot of layer"), ("copy", "wait for layer"))
 
 
 @dataclass(slots=True)
-class _Pending:
-    """Something that was asked of the C++ threads."""
+class _Feeding:
+    """A layer that the C++ threads bring into a slot."""
 
-    done: anyio.Event = field(default_factory=anyio.Event)
+    after: Sequence[Event]  # which they use until they have told of it
+    enqueued: anyio.Event = field(default_factory=anyio.Event)  # and what had the slot before has ended
+    arrived: anyio.Event = field(default_factory=anyio.Event)
+    around: list[tuple[Event, Event]] = field(default_factory=list)  # the copies, by stream
     error: Exception | None = None
+
+    async def arrival(self) -> None:
+        """Waits for it."""
+        await self.arrived.wait()
+        if self.error is not None:
+            raise self.error
 
 
 class _SlabSink(Sink):
@@ -50,7 +60,9 @@ class _SlabSink(Sink):
 class NativeSlabFeed:
     """Copies layers out of slabs, registered host memory of exactly their size, as ``SlabFeed`` does.
 
-    ``waiters`` C++ threads wait for events; ``wait`` is for those for which they cannot. ``listen`` is its one task.
+    ``settle`` waits for events for which C++ threads cannot. ``listen`` is its one task. Where the device waits for
+    layers, the event loop wakes when one can be handed out, and once at the end of a sweep; on the host, when one has
+    arrived.
     """
 
     def __init__(
@@ -59,17 +71,18 @@ class NativeSlabFeed:
         backend: NativeBackend,
         slabs: Slabs,
         layers: Sequence[LayerPlan],
+        settle: Settle,
         *,
-        waiters: int,
-        wait: WaitForEvents,
+        trace: bool,
     ) -> None:
         """Opens streams and scratch; blocks."""
         import numpy as np
 
-        self._engine, self._backend, self._slabs, self._layers, self._wait = engine, backend, slabs, layers, wait
+        self._engine, self._backend, self._slabs, self._layers, self._settle = engine, backend, slabs, layers, settle
         self._device = backend.device
         self._indices = {layer.number: index for index, layer in enumerate(layers)}
-        self._pending: dict[int, _Pending] = {}
+        self._turn = anyio.Lock()
+        self._feedings: dict[int, _Feeding] = {}
         self._scratch: list[Allocation] = []
         decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)
         streams = min(_STREAMS, backend.options.streams) if decodes else 1
@@ -85,7 +98,8 @@ class NativeSlabFeed:
                 [np.array(list(self._pieces(layer)), np.uint64).reshape(-1, 6) for layer in layers],
                 streams=streams,
                 scratch=[scratch.address for scratch in self._scratch],
-                waiters=waiters,
+                each_arrival=not self._device.info.needs_stream,
+                trace=trace,
                 nice=backend.options.nice,
             )
         except BaseException:
@@ -129,61 +143,55 @@ class NativeSlabFeed:
             await transfer.end()
 
     async def listen(self) -> None:
-        """Hears from the C++ threads until it is cancelled; who still waits then is told so."""
-        try:
-            while True:
-                await anyio.wait_readable(self._feed.descriptor)
-                for ticket in self._feed.poll():
-                    self._tell(ticket)
-        finally:
-            for pending in self._pending.values():
-                pending.error = ClosedError("the layer stream has been closed")
-                pending.done.set()
+        """Hears from the C++ threads until it is cancelled."""
+        while True:
+            await anyio.wait_readable(self._feed.descriptor)
+            for news in self._feed.poll():
+                self._hear(news)
 
-    def _tell(self, ticket: Any) -> None:
-        pending = self._pending.pop(ticket.number, None)
-        if pending is None:  # whoever asked was cancelled
-            return
-        if ticket.failure is not None:
+    def _hear(self, news: Any) -> None:
+        feeding = self._feedings[news.number]
+        if news.failure is not None:
             name = self._device.info.name
-            pending.error = CopyError(f"{name}: {ticket.failure}", device=name, code=ticket.code or None)
-        pending.done.set()
-
-    async def _outcome(self, number: int) -> None:
-        pending = self._pending[number] = _Pending()
-        try:
-            await pending.done.wait()
-        finally:
-            self._pending.pop(number, None)
-        if pending.error is not None:
-            raise pending.error
+            feeding.error = CopyError(f"{name}: {news.failure}", device=name, code=news.code or None)
+        if news.has_arrived:
+            feeding.arrived.set()
+        else:
+            begun, arrived = ([*map(self._device.from_native, events)] for events in (news.begun, news.arrived))
+            feeding.around = [*zip(begun, arrived, strict=False)]  # fewer, where it failed
+            feeding.enqueued.set()
+        if news.has_arrived or news.failure is not None:
+            del self._feedings[news.number]
 
     async def __call__(self, layer: LayerPlan, slot: Slot) -> Fed:
-        """Enqueues a layer's copies and kernels."""
-        after = [(event, self._device.to_native(event)) for event in slot.busy]
-        if others := [event for event, native in after if native is None]:
-            await self._wait(others)
-        feeding = self._feed.feed(
-            self._indices[layer.number], slot.memory.address, [native for _, native in after if native is not None]
-        )
-        begun, arrived = (
-            [self._device.from_native(event) for event in events] for events in (feeding.begun, feeding.arrived)
-        )
+        """Has a layer's copies and kernels enqueued, and waits for the work before it in the slot."""
+        feeding = _Feeding(slot.busy)
+        async with self._turn:  # by the order of feedings it is known that all have arrived
+            after = [(event, self._device.to_native(event)) for event in slot.busy]
+            with suppress(DeviceError):  # the consumer's, whose own stream reports it
+                await self._settle([event for event, native in after if native is None])
+            number = self._feed.feed(
+                self._indices[layer.number], slot.memory.address, [native for _, native in after if native is not None]
+            )
+            self._feedings[number] = feeding
+        await feeding.enqueued.wait()
+        arrived = [event for _, event in feeding.around]
+        if feeding.error is not None:
+            slot.busy = [*slot.busy, *arrived]
+            raise feeding.error
         slot.busy = arrived
-        await self._outcome(feeding.number)
-        return Fed(arrived, [[around] for around in zip(begun, arrived, strict=True)])
+        return Fed(arrived, [[around] for around in feeding.around], feeding.arrival)
 
-    async def settle(self, events: Sequence[Event]) -> None:
-        """Waits until events have passed; raises ``DeviceError`` if work before one failed."""
-        native = [self._device.to_native(event) for event in events]
-        if any(event is None for event in native):
-            await self._wait(events)
-        else:
-            await self._outcome(self._feed.settle(native))
+    def take_spans(self) -> Iterator[ThreadSpan]:
+        """What the C++ threads did since they were last asked, if that is noted."""
+        for what, index, begin, end in self._feed.take_spans():
+            thread, did = _SPANS[what]
+            yield ThreadSpan(f"asyncload-{thread}", f"{did} {self._layers[index].number}", begin, end)
 
     def close(self) -> None:
         """Waits for what is under way and ends threads, streams and scratch; blocks."""
         if self._feed is not None:
             self._feed.close()
+        self._feedings.clear()
         self._scratch.clear()
         self._slabs.close()

@@ -10,7 +10,7 @@ when the work on the layer that had its slot before has ended.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import cycle
 from typing import Final
 
@@ -26,19 +26,17 @@ from asyncload.plan import LayerPlan
 __all__ = ["Scheduler"]
 
 _log: Final = logging.getLogger("asyncload.layers")
-_FEEDS: Final = 2  # layers that are fetched at a time: while one arrives, the next is read
-
 
 # Enqueues a layer's way into a slot, behind the slot's events, which it replaces by those behind what it enqueued, also
-# when it raises.
+# when it raises. Returns when the work before the former has ended, however.
 Feed = Callable[[LayerPlan, Slot], Awaitable[Fed]]
 
 
 class Scheduler:
     """Brings layers into slots, sweep after sweep, ahead of the rides; ``run`` is its one task.
 
-    ``settle`` waits for events, ``record`` records one, both off the loop. A ride that keeps a use for ``stall_limit``
-    seconds while any ride waits for its slot loses its place with ``StalledError``.
+    ``feed`` is given up to ``at_once`` layers at a time; ``record`` records an event, off the loop. A ride that keeps a
+    use for ``stall_limit`` seconds while any ride waits for its slot loses its place with ``StalledError``.
     """
 
     def __init__(
@@ -46,18 +44,17 @@ class Scheduler:
         layers: Sequence[LayerPlan],
         slots: Sequence[Slot],
         feed: Feed,
-        settle: Callable[[Sequence[Event]], Awaitable[None]],
         record: Callable[[Stream], Awaitable[Event]],
         *,
+        at_once: int,
         stall_limit: float,
     ) -> None:
         self._layers = layers
         self._slots = slots
         self._feed = feed
-        self._settle = settle
         self._record = record
         self._rides: set[Ride] = set()
-        self._feeding = anyio.Semaphore(_FEEDS)
+        self._feeding = anyio.Semaphore(at_once)
         self._stall_limit = stall_limit
         self._last: dict[Slot, Use] = {}
         self._kept: Use | None = None  # whose slot is to be filled next
@@ -79,7 +76,7 @@ class Scheduler:
             self._group = group
             try:
                 while True:
-                    await self._fetch(sweep, slots)
+                    await self._fetch(sweep, slots, group)
                     await sweep.started.wait()
                     failed, sweep = sweep.error, sweep.next
                     if failed is not None:  # not again before somebody asks
@@ -87,7 +84,7 @@ class Scheduler:
             finally:
                 self._group = None
 
-    async def _fetch(self, sweep: Sweep, slots: Iterator[Slot]) -> None:
+    async def _fetch(self, sweep: Sweep, slots: Iterator[Slot], group: TaskGroup) -> None:
         """Has a sweep's layers fetched, in order, as long as there is somebody for whom."""
         for use in sweep.uses:
             slot = next(slots)
@@ -101,9 +98,9 @@ class Scheduler:
             if sweep.abandoned or sweep.error is not None:
                 self._feeding.release()
                 break
-            use.slot, use.before = slot, before
+            use.slot = slot
             self._last[slot] = use
-            self._start(self._feed_use, use)
+            group.start_soon(self._feed_use, use)
 
     async def _feed_use(self, use: Use) -> None:
         assert use.slot is not None
@@ -113,10 +110,10 @@ class Scheduler:
             self._fail(use.sweep, error)
         finally:
             self._feeding.release()
-            use.enqueued.set()
+            use.fetched.set()
         self._check(use)
         try:
-            await self.settle(use.fed.arrived)
+            await use.fed.arrival()
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(use.sweep, error)
         use.arrived.set()
@@ -127,41 +124,22 @@ class Scheduler:
         sweep.error = sweep.error or error
         for use in sweep.uses:
             if use.slot is None:
-                use.enqueued.set()
+                use.fetched.set()
 
     def _check(self, use: Use) -> None:
         """Releases a use that nobody will use any more."""
-        if use.released.is_set() or use.slot is None or not use.enqueued.is_set() or not use.sweep.started.is_set():
+        if use.released.is_set() or use.slot is None or not use.fetched.is_set() or not use.sweep.started.is_set():
             return
         if not use.keepers:
             use.slot.busy = [*use.slot.busy, *use.ended]
             use.released.set()
-            self._start(self._await_end, use)
-
-    def _start(self, function: Callable[[Use], Coroutine[object, object, None]], use: Use) -> None:
-        if self._group is not None and not self._closed:
-            self._group.start_soon(function, use)
-
-    async def _await_end(self, use: Use) -> None:
-        """Lets the use of the slot after this one be handed out once the work on this one has ended, however.
-
-        A use that was never handed out ends with the one before it.
-        """
-        if use.before is not None:
-            await use.before.over.wait()
-        try:
-            await self.settle(use.ended)
-        except Exception as error:  # noqa: BLE001 - it is the consumer's, whose own stream reports it
-            _log.warning("work on layer %d failed: %s", use.layer.number, error)
-        use.over.set()
-        use.before = None
 
     def _watch_kept(self) -> None:
         """Has the use watched whose slot is to be filled next, if there is a ride for whom."""
         use = self._kept
-        if use is not None and not use.watched and self._starved:
+        if use is not None and self._group is not None and not use.watched and self._starved:
             use.watched = True
-            self._start(self._watch, use)
+            self._group.start_soon(self._watch, use)
 
     @property
     def _starved(self) -> bool:
@@ -195,11 +173,6 @@ class Scheduler:
         self.leave(ride, StalledError(message))
         self._check(use)  # the ride may have left before, for another layer that it kept
 
-    async def settle(self, events: Sequence[Event]) -> None:
-        """Waits until events have passed; raises ``DeviceError`` if work before one failed."""
-        if events:
-            await self._settle(events)
-
     # The rides: on the event loop, from any task
 
     def join(self) -> Ride:
@@ -211,7 +184,7 @@ class Scheduler:
         return ride
 
     async def step(self, ride: Ride, *, arrived: bool = False) -> Use | None:
-        """The use of the ride's next layer, once its copies are enqueued and the use before it in the slot is over.
+        """The use of the ride's next layer, once its copies are enqueued and the work before it in the slot has ended.
 
         ``arrived`` waits for the copies' end, too. None at the end of the sweep, when all its copies have ended; the
         ride is in the next one then. Raises what fetching any of the sweep's layers has raised, ``StalledError`` for a
@@ -242,12 +215,10 @@ class Scheduler:
         return use
 
     async def _await_use(self, ride: Ride, use: Use, *, arrived: bool) -> None:
-        if not use.enqueued.is_set():
+        if not use.fetched.is_set():
             ride.awaited = use
             self._watch_kept()
-        await use.enqueued.wait()
-        if use.sweep.error is None and use.before is not None:
-            await use.before.over.wait()
+        await use.fetched.wait()
         if use.sweep.error is None and arrived:
             await use.arrived.wait()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,12 +16,20 @@ from asyncload.plan import LayerPlan
 __all__ = ["Fed", "Ride", "Sweep", "Use", "Work"]
 
 
+async def _has_arrived() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """What was enqueued for a layer: events behind all of it, and, by copy stream, those around each of its copies."""
+    """What was enqueued for a layer: events behind all of it, and, by copy stream, those around each of its copies.
+
+    ``arrival`` waits until these have passed, and raises ``DeviceError`` if a copy failed.
+    """
 
     arrived: Sequence[Event] = ()
     copies: Sequence[Sequence[tuple[Event, Event]]] = ()
+    arrival: Callable[[], Awaitable[None]] = _has_arrived
 
 
 class Work:
@@ -47,15 +55,13 @@ class Use(Work):
         self.layer = layer
         self.sweep = sweep
         self.slot: Slot | None = None
-        self.before: Use | None = None  # the one that had the slot
         self.fed: Fed = Fed()
-        self.enqueued = anyio.Event()  # its copies are, or nobody fetches it any more
-        self.arrived = anyio.Event()  # they have ended, however
+        self.fetched = anyio.Event()  # it may be handed out, or nobody fetches it any more
+        self.arrived = anyio.Event()  # its copies have ended, however
         self.finished: set[Ride] = set()
         self.inside: dict[Ride, Stream | None] = {}  # with the stream that each works on
         self.watched = False
         self.released = anyio.Event()  # all that ended is recorded
-        self.over = anyio.Event()  # and has passed
 
     @property
     def keepers(self) -> set[Ride]:

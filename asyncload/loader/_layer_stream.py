@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from asyncload.layers import (
     PassStats,
     Ride,
     Scheduler,
+    Settle,
     SlabFeed,
     Slabs,
     Slot,
@@ -47,6 +48,7 @@ from asyncload.threads import LoopHandle, Threads
 
 __all__ = ["LayerRide", "LayerStream", "StreamRequest"]
 
+_READ_AT_ONCE: Final = 2  # layers that come from the file: while one arrives, the next is read
 _HOST_SHARE: Final = 0.5  # of the host memory that can be had: what streams stays there if it takes no more
 
 
@@ -128,6 +130,7 @@ class _Layers:
         model: Model,
         feed: FileFeed | SlabFeed | NativeSlabFeed,
         scheduler: Scheduler,
+        settle: Settle,
         *,
         trace: bool,
     ) -> None:
@@ -136,7 +139,9 @@ class _Layers:
         self.model = model  # what stays on the device
         self.scheduler = scheduler
         self.order = list(plan.layers)
-        self.trace = trace
+        self._settle = settle
+        self._feed = feed
+        self._trace = trace
         self.host: Literal["slabs", "file"] = "file" if isinstance(feed, FileFeed) else "slabs"
         self.resident = {number: model.layers[number] for number in plan.resident}
         self.loop = LoopHandle()
@@ -145,8 +150,22 @@ class _Layers:
     async def last_pass(self) -> PassStats:
         """The last sweep's figures."""
         records = record_pass(self.scheduler.last, self.order)
-        await self.scheduler.settle([event for record in records for event in record.events])
-        return await self.engine.callers.run(_measure, self.engine, records, trace=self.trace)
+        await self._settle([event for record in records for event in record.events])
+        return await self.engine.callers.run(self._measure, records)
+
+    def _measure(self, records: Sequence[LayerRecord]) -> PassStats:
+        """On a thread."""
+        self.engine.device.attach()
+        stats = measure_pass(records)
+        if not self._trace:
+            return stats
+        if isinstance(self._feed, NativeSlabFeed):
+            self.engine.spans.add(self._feed.take_spans())
+        stream = self.engine.device.stream()
+        try:
+            return add_threads(stats, records[0].ready, self.engine.spans, stream)
+        finally:
+            stream.close()
 
     def make(self, number: int, ride: Ride, use: Use | None) -> Layer:
         """A layer to hand out."""
@@ -246,19 +265,20 @@ class LayerStream:
             await engine.callers.run(slots.allocate, engine, plan)
 
             async def settle(events: Sequence[Event]) -> None:
-                await waiters.run(_synchronize, engine, events)
+                if events:
+                    await waiters.run(_synchronize, engine, events)
 
             streamed = [plan.layers[number] for number in plan.streamed]
-            feed = await self._open_feed(stack, engine, streamed, opened, waiters=2 * plan.slots + 1, settle=settle)
+            feed = await self._open_feed(stack, engine, streamed, opened, settle)
             scheduler = Scheduler(
                 streamed,
                 slots.items,
                 feed,
-                feed.settle if isinstance(feed, NativeSlabFeed) else settle,
                 lambda stream: waiters.run(_record, engine, stream),
+                at_once=_READ_AT_ONCE if isinstance(feed, FileFeed) else plan.slots,
                 stall_limit=engine.options.stall_limit,
             )
-            self._layers = _Layers(engine, plan, model, feed, scheduler, trace=self._request.trace)
+            self._layers = _Layers(engine, plan, model, feed, scheduler, settle, trace=self._request.trace)
             group = anyio.create_task_group()
             await group.__aenter__()
             stack.push_async_exit(partial(_leave, group, scheduler))
@@ -296,9 +316,7 @@ class LayerStream:
         engine: Engine,
         layers: Sequence[LayerPlan],
         opened: OpenedModel,
-        *,
-        waiters: int,
-        settle: Callable[[Sequence[Event]], Awaitable[None]],
+        settle: Settle,
     ) -> FileFeed | SlabFeed | NativeSlabFeed:
         nbytes = sum(layer.upload_nbytes for layer in layers)
         decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)
@@ -311,9 +329,9 @@ class LayerStream:
                 return
             slabs, backend = Slabs(engine, layers), engine.backend(opened.sources)
             if isinstance(backend, NativeBackend):
-                made.append(NativeSlabFeed(engine, backend, slabs, layers, waiters=waiters, wait=settle))
+                made.append(NativeSlabFeed(engine, backend, slabs, layers, settle, trace=self._request.trace))
             else:
-                made.append(SlabFeed(engine, slabs, decodes=decodes))
+                made.append(SlabFeed(engine, slabs, settle, decodes=decodes))
 
         def close() -> None:
             for feed in made:
@@ -396,26 +414,14 @@ class _SlotList:
 
 def _synchronize(engine: Engine, events: Sequence[Event]) -> None:
     engine.device.attach()
-    with engine.spans.span("wait"):
-        for event in events:
-            event.synchronize()
+    with engine.spans.span("wait"), ExitStack() as stack:  # for all of them, also if one fails
+        for event in reversed(events):
+            stack.callback(event.synchronize)
 
 
 def _record(engine: Engine, stream: Stream) -> Event:
     engine.device.attach()
     return stream.record(timing=True)
-
-
-def _measure(engine: Engine, records: Sequence[LayerRecord], *, trace: bool) -> PassStats:
-    engine.device.attach()
-    stats = measure_pass(records)
-    if not trace:
-        return stats
-    stream = engine.device.stream()
-    try:
-        return add_threads(stats, records[0].ready, engine.spans, stream)
-    finally:
-        stream.close()
 
 
 def _available_memory() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -60,6 +60,12 @@ class ThreadSpans:
             with self._lock:
                 if self._watching:
                     self._kept.append(span)
+
+    def add(self, spans: Iterable[ThreadSpan]) -> None:
+        """Keeps what threads did that are not Python's, in the order of the ends."""
+        with self._lock:
+            if self._watching:
+                self._kept.extend(spans)
 
     def during(self, begin: float, end: float) -> list[ThreadSpan]:
         """What has ended and has a part between two moments of ``time.perf_counter``, in the order of the ends."""

@@ -1,6 +1,7 @@
 #include "consumer.h"
 
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <utility>
 
@@ -12,22 +13,26 @@ double consume(LayerFeed& feed, Device& device, const std::vector<Address>& slot
     device.attach();
     const auto stream = device.open_stream();
     const std::size_t total = feed.layers() * passes;
-    std::vector<LayerFeed::Feeding> asked(slots.size());
     std::vector<SharedEvent> ended(slots.size());
+    std::deque<LayerFeed::News> fed;
     const auto ask = [&](std::size_t use) {
         const std::size_t slot = use % slots.size();
         if (use >= total) return;
         std::vector<SharedEvent> after;
         if (ended[slot]) after.push_back(ended[slot]);
-        asked[slot] = feed.feed(use % feed.layers(), slots[slot], std::move(after));
+        feed.feed(use % feed.layers(), slots[slot], std::move(after));
     };
     const auto begin = Clock::now();
     for (std::size_t use = 0; use < slots.size(); ++use) ask(use);
     for (std::size_t use = 0; use < total; ++use) {
+        while (fed.empty())
+            for (LayerFeed::News& news : feed.wait()) {
+                if (news.failure) throw DeviceError(*news.failure, news.code);
+                if (!news.has_arrived) fed.push_back(std::move(news));
+            }
+        for (const SharedEvent& event : fed.front().arrived) stream->wait(*event);
+        fed.pop_front();
         const std::size_t slot = use % slots.size();
-        feed.wait(asked[slot].number);
-        if (ended[slot]) ended[slot]->synchronize();
-        for (const SharedEvent& event : asked[slot].arrived) stream->wait(*event);
         stream->decode(work, slots[slot], slots[slot], amount);
         ended[slot] = device.make_event(false);
         stream->record(*ended[slot]);
@@ -35,7 +40,6 @@ double consume(LayerFeed& feed, Device& device, const std::vector<Address>& slot
     }
     for (const SharedEvent& event : ended)
         if (event) event->synchronize();
-    feed.poll();  // it was told here
     return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 

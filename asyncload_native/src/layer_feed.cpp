@@ -1,93 +1,88 @@
 #include "layer_feed.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "threads.h"
 
 namespace asyncload {
 
-LayerFeed::LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, std::uint32_t streams,
-                     std::vector<Address> scratch, std::uint32_t waiters, int nice)
-    : device_(std::move(device)), layers_(std::move(layers)), scratch_(std::move(scratch)) {
+namespace {
+
+constexpr std::size_t most_spans = 1 << 16;  // that are kept: asyncload/pipeline/_spans.py keeps no more
+
+// Sleeps until all of some events have passed; throws the first error of work before one.
+void await(const std::vector<SharedEvent>& events) {
+    std::optional<DeviceError> failure;
+    for (const SharedEvent& event : events) {
+        try {
+            event->synchronize();
+        } catch (const DeviceError& error) {
+            if (!failure) failure = error;
+        }
+    }
+    if (failure) throw DeviceError(*failure);
+}
+
+}  // namespace
+
+LayerFeed::LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, Options options)
+    : device_(std::move(device)), layers_(std::move(layers)), options_(std::move(options)) {
     device_->attach();
-    for (std::uint32_t index = 0; index < streams; ++index) streams_.push_back(device_->open_stream());
-    const auto begin = [nice] {
-        name_thread("asyncload-layers");
-        lower_priority(nice);
-    };
-    enqueuing_.start(1, begin);
-    waiting_.start(waiters, begin);
+    for (std::uint32_t index = 0; index < options_.streams; ++index) streams_.push_back(device_->open_stream());
+    enqueuing_.start("asyncload-feed", options_.nice, [this](Feeding& feeding) { enqueue(feeding); });
+    awaiting_slots_.start("asyncload-slots", options_.nice, [this](Feeding& feeding) { await_slot(feeding); });
+    awaiting_copies_.start("asyncload-copy", options_.nice, [this](Feeding& feeding) { await_copies(feeding); });
 }
 
 LayerFeed::~LayerFeed() {
     close();
 }
 
-LayerFeed::Feeding LayerFeed::feed(std::size_t layer, Address slot, std::vector<SharedEvent> after) {
-    Feeding feeding;
-    for (std::size_t stream = 0; stream < streams_.size(); ++stream) {
+std::uint64_t LayerFeed::feed(std::size_t layer, Address slot, std::vector<SharedEvent> after) {
+    enqueuing_.push({next_, layer, slot, std::move(after), {}, {}});
+    return next_++;
+}
+
+void LayerFeed::enqueue(Feeding& feeding) {
+    const auto begin = Clock::now();
+    std::optional<DeviceError> failure;
+    try {
+        device_->attach();
+        enqueue_on_streams(feeding);
+    } catch (const DeviceError& error) {
+        failure = error;
+    }
+    note(Span::What::enqueue, feeding, begin);
+    if (failure)
+        tell({feeding.number, false, failure->what(), failure->name(), feeding.begun, feeding.arrived}, true);
+    else
+        awaiting_slots_.push(std::move(feeding));
+}
+
+void LayerFeed::enqueue_on_streams(Feeding& feeding) {
+    for (const auto& stream : streams_) {
+        for (const SharedEvent& event : feeding.after) stream->wait(*event);
         feeding.begun.push_back(device_->make_event(true));
-        feeding.arrived.push_back(device_->make_event(true));
+        stream->record(*feeding.begun.back());
     }
-    {
-        const std::lock_guard lock(mutex_);
-        feeding.number = next_++;
+    std::optional<DeviceError> failure;
+    try {
+        copy(layers_.at(feeding.layer), feeding.slot);
+    } catch (const DeviceError& error) {
+        failure = error;
     }
-    enqueuing_.push([this, feeding, layer, slot, after = std::move(after)] {
-        perform(feeding.number, [&] {
-            for (std::size_t index = 0; index < streams_.size(); ++index) {
-                for (const SharedEvent& event : after) streams_[index]->wait(*event);
-                streams_[index]->record(*feeding.begun[index]);
-            }
-            std::optional<DeviceError> failure;
-            try {
-                copy(layers_.at(layer), slot);
-            } catch (const DeviceError& error) {
-                failure = error;
-            }
-            // also after a failure: what was enqueued uses the slot
-            for (std::size_t index = 0; index < streams_.size(); ++index) {
-                try {
-                    streams_[index]->record(*feeding.arrived[index]);
-                } catch (const DeviceError& error) {
-                    if (!failure) failure = error;
-                    streams_[index]->drain();
-                }
-            }
-            if (failure) throw DeviceError(*failure);
-        });
-        const std::lock_guard lock(mutex_);
-        enqueued_ = feeding.number + 1;
-        changed_.notify_all();
-    });
-    return feeding;
-}
-
-void LayerFeed::wait(std::uint64_t number) {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return enqueued_ > number; });
-}
-
-std::uint64_t LayerFeed::settle(std::vector<SharedEvent> events) {
-    std::uint64_t number = 0;
-    {
-        const std::lock_guard lock(mutex_);
-        number = next_++;
+    for (const auto& stream : streams_) {  // also after a failure: what was enqueued uses the slot
+        try {
+            const auto arrived = device_->make_event(true);
+            stream->record(*arrived);
+            feeding.arrived.push_back(arrived);
+        } catch (const DeviceError& error) {
+            if (!failure) failure = error;
+            stream->drain();
+        }
     }
-    waiting_.push([this, number, events = std::move(events)] {
-        perform(number, [&] {
-            std::optional<DeviceError> failure;
-            for (const SharedEvent& event : events) {
-                try {
-                    event->synchronize();
-                } catch (const DeviceError& error) {
-                    if (!failure) failure = error;
-                }
-            }
-            if (failure) throw DeviceError(*failure);
-        });
-    });
-    return number;
+    if (failure) throw DeviceError(*failure);
 }
 
 void LayerFeed::copy(const Layer& layer, Address slot) {
@@ -95,8 +90,9 @@ void LayerFeed::copy(const Layer& layer, Address slot) {
     for (const Piece& piece : layer) {
         Stream& stream = *streams_[lane];
         if (piece.n_blocks > 0) {
-            stream.upload(scratch_[lane], pointer(piece.source), piece.nbytes);
-            stream.decode(piece.kernel, scratch_[lane], slot + piece.offset, piece.n_blocks);
+            const Address packed = options_.scratch[lane];
+            stream.upload(packed, pointer(piece.source), piece.nbytes);
+            stream.decode(piece.kernel, packed, slot + piece.offset, piece.n_blocks);
         } else {
             stream.upload(slot + piece.offset, pointer(piece.source), piece.nbytes);
         }
@@ -104,29 +100,85 @@ void LayerFeed::copy(const Layer& layer, Address slot) {
     }
 }
 
-void LayerFeed::perform(std::uint64_t number, const std::function<void()>& work) {
-    Ticket ticket{number, std::nullopt, {}};
+void LayerFeed::await_slot(Feeding& feeding) {
+    const auto begin = Clock::now();
     try {
         device_->attach();
-        work();
-    } catch (const DeviceError& error) {
-        ticket.failure = error.what();
-        ticket.code = error.name();
+        await(feeding.after);
+    } catch (const DeviceError&) {  // the work's, whose own stream reports it
     }
-    const std::lock_guard lock(mutex_);
-    done_.push_back(std::move(ticket));
-    signal_.set();
+    note(Span::What::await_slot, feeding, begin);
+    tell({feeding.number, false, std::nullopt, {}, feeding.begun, feeding.arrived}, !options_.each_arrival);
+    awaiting_copies_.push(std::move(feeding));
 }
 
-std::vector<LayerFeed::Ticket> LayerFeed::poll() {
+void LayerFeed::await_copies(Feeding& feeding) {
+    const auto begin = Clock::now();
+    News news{feeding.number, true, std::nullopt, {}, {}, {}};
+    try {
+        device_->attach();
+        await(feeding.arrived);
+    } catch (const DeviceError& error) {
+        news.failure = error.what();
+        news.code = error.name();
+    }
+    note(Span::What::await_copies, feeding, begin);
+    const bool wakes = news.failure || options_.each_arrival || feeding.layer + 1 == layers_.size();
+    tell(std::move(news), wakes);
+}
+
+void LayerFeed::tell(News news, bool wakes) {
     const std::lock_guard lock(mutex_);
+    news_.push_back(std::move(news));
+    if (!wakes) return;
+    due_ = true;
+    signal_.set();
+    told_.notify_all();
+}
+
+std::vector<LayerFeed::News> LayerFeed::poll() {
+    const std::lock_guard lock(mutex_);
+    return take_news();
+}
+
+std::vector<LayerFeed::News> LayerFeed::wait() {
+    std::unique_lock lock(mutex_);
+    told_.wait(lock, [this] { return due_; });
+    return take_news();
+}
+
+std::vector<LayerFeed::News> LayerFeed::take_news() {
+    due_ = false;
     signal_.clear();
-    return std::exchange(done_, {});
+    return std::exchange(news_, {});
+}
+
+void LayerFeed::note(Span::What what, const Feeding& feeding, Clock::time_point begin) {
+    if (!options_.trace) return;
+    const auto seconds = [](Clock::time_point moment) {
+        return std::chrono::duration<double>(moment.time_since_epoch()).count();
+    };
+    const std::lock_guard lock(mutex_);
+    spans_.push_back({what, feeding.layer, seconds(begin), seconds(Clock::now())});
+    if (spans_.size() > most_spans) spans_.pop_front();
+}
+
+std::vector<LayerFeed::Span> LayerFeed::take_spans() {
+    const std::lock_guard lock(mutex_);
+    const auto spans = std::exchange(spans_, {});
+    return {spans.begin(), spans.end()};
+}
+
+std::vector<std::uint64_t> LayerFeed::streams() const {
+    std::vector<std::uint64_t> handles;
+    for (const auto& stream : streams_) handles.push_back(stream->handle());
+    return handles;
 }
 
 void LayerFeed::close() {
     enqueuing_.close();
-    waiting_.close();
+    awaiting_slots_.close();
+    awaiting_copies_.close();
     try {
         device_->attach();
     } catch (const DeviceError&) {  // then there is no context to give anything back to
@@ -136,41 +188,41 @@ void LayerFeed::close() {
     signal_.close();
 }
 
-void LayerFeed::Queue::start(std::uint32_t threads, const std::function<void()>& begin) {
-    for (std::uint32_t index = 0; index < threads; ++index)
-        threads_.emplace_back([this, begin] {
-            begin();
-            run();
-        });
+void LayerFeed::Worker::start(const char* name, int nice, Work work) {
+    work_ = std::move(work);
+    thread_ = std::thread([this, name, nice] {
+        name_thread(name);
+        lower_priority(nice);
+        run();
+    });
 }
 
-void LayerFeed::Queue::push(Work work) {
+void LayerFeed::Worker::push(Feeding feeding) {
     const std::lock_guard lock(mutex_);
-    work_.push_back(std::move(work));
+    feedings_.push_back(std::move(feeding));
     changed_.notify_one();
 }
 
-void LayerFeed::Queue::close() {
+void LayerFeed::Worker::close() {
     {
         const std::lock_guard lock(mutex_);
         closing_ = true;
-        changed_.notify_all();
+        changed_.notify_one();
     }
-    for (std::thread& thread : threads_) thread.join();
-    threads_.clear();
+    if (thread_.joinable()) thread_.join();
 }
 
-void LayerFeed::Queue::run() {
+void LayerFeed::Worker::run() {
     for (;;) {
-        Work work;
+        std::optional<Feeding> feeding;
         {
             std::unique_lock lock(mutex_);
-            changed_.wait(lock, [this] { return closing_ || !work_.empty(); });
-            if (work_.empty()) return;
-            work = std::move(work_.front());
-            work_.pop_front();
+            changed_.wait(lock, [this] { return closing_ || !feedings_.empty(); });
+            if (feedings_.empty()) return;
+            feeding = std::move(feedings_.front());
+            feedings_.pop_front();
         }
-        work();
+        work_(*feeding);
     }
 }
 

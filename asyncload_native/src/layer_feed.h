@@ -1,6 +1,7 @@
 // Layers out of host memory into slots, enqueued by a thread of their own as fast as they are asked for.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -21,8 +22,9 @@ namespace asyncload {
 // A point in a stream's work that several may hold.
 using SharedEvent = std::shared_ptr<Event>;
 
-// Copies layers into slots, and decodes what comes packed. One thread enqueues, in the order in which it is asked;
-// others wait for events. What has been done is told through a descriptor, any number at a time.
+// Copies layers into slots, and decodes what comes packed, in the order in which it is asked. One thread enqueues, and
+// two wait: for what a slot had before, and for the copies. What has come is told through a descriptor, and only what
+// somebody waits for wakes him: the rest is told along.
 class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
   public:
     // A piece of a layer: registered host memory, and where it goes in a slot; with a kernel, by way of the scratch.
@@ -35,79 +37,117 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     };
     using Layer = std::vector<Piece>;
 
-    // What was asked, and what came of it.
-    struct Ticket {
-        std::uint64_t number;
-        std::optional<std::string> failure;  // what the device said
-        std::string code;                    // and its name for it
+    struct Options {
+        std::uint32_t streams;
+        // Device memory for each stream that the largest piece with a kernel fits, or nothing where there is none.
+        std::vector<Address> scratch;
+        // Whether a layer is waited for until it has arrived; else until it is enqueued, and then for the last one's
+        // arrival, by which all have arrived.
+        bool each_arrival;
+        bool trace;  // whether spans are noted
+        int nice;
     };
 
-    // `scratch`: device memory for each stream that the largest piece with a kernel fits, or nothing where there is
-    // none. `waiters`: threads that wait for events.
-    LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, std::uint32_t streams,
-              std::vector<Address> scratch, std::uint32_t waiters, int nice);
+    // What has come of a feeding, told twice unless it failed: first as enqueued, once what its events were recorded
+    // behind has ended, with one event for each stream before its copies and one behind them; then as arrived.
+    struct News {
+        std::uint64_t number;
+        bool has_arrived;
+        std::optional<std::string> failure;  // what the device said
+        std::string code;                    // and its name for it
+        std::vector<SharedEvent> begun;
+        std::vector<SharedEvent> arrived;
+    };
+
+    // What a thread did for a layer, by its index; in seconds of the steady clock.
+    struct Span {
+        enum class What : std::uint8_t { enqueue, await_slot, await_copies };
+        What what;
+        std::size_t layer;
+        double begin;
+        double end;
+    };
+
+    LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, Options options);
     ~LayerFeed();
     LayerFeed(const LayerFeed&) = delete;
     LayerFeed& operator=(const LayerFeed&) = delete;
 
-    // The events of a feeding, one for each stream: before its copies and behind them. They count as passed until it is
-    // told as done, which is when they are recorded.
-    struct Feeding {
-        std::uint64_t number;
-        std::vector<SharedEvent> begun;
-        std::vector<SharedEvent> arrived;
-    };
-    // Has a layer, by its index, enqueued into a slot, behind events that are recorded by then.
-    Feeding feed(std::size_t layer, Address slot, std::vector<SharedEvent> after);
-    // Waits until a feeding is enqueued, or has failed.
-    void wait(std::uint64_t number);
-    std::size_t layers() const noexcept { return layers_.size(); }
-    // Has somebody wait until events have passed.
-    std::uint64_t settle(std::vector<SharedEvent> events);
+    // Has a layer, by its index, enqueued into a slot, behind events that are recorded by now and that the caller keeps
+    // until he is told; returns the feeding's number.
+    std::uint64_t feed(std::size_t layer, Address slot, std::vector<SharedEvent> after);
 
-    // An eventfd; readable when something is done.
+    // An eventfd; readable when something is to be told.
     int descriptor() const noexcept { return signal_.descriptor(); }
-    // What was done since it was last asked.
-    std::vector<Ticket> poll();
+    // What has come since it was last asked.
+    std::vector<News> poll();
+    // The same, once something is to be told; for who has no event loop.
+    std::vector<News> wait();
+    std::size_t layers() const noexcept { return layers_.size(); }
+    // The spans since it was last asked, the last ones of very many, in the order of their ends.
+    std::vector<Span> take_spans();
+    // What other libraries know the streams by.
+    std::vector<std::uint64_t> streams() const;
     // Does what it was asked to, waits for the device, and ends the threads.
     void close();
 
   private:
-    // Threads that take work from one queue.
-    class Queue {
-      public:
-        using Work = std::function<void()>;
+    using Clock = std::chrono::steady_clock;
 
-        void start(std::uint32_t threads, const std::function<void()>& begin);
-        void push(Work work);
+    struct Feeding {
+        std::uint64_t number;
+        std::size_t layer;
+        Address slot;
+        std::vector<SharedEvent> after;
+        std::vector<SharedEvent> begun;
+        std::vector<SharedEvent> arrived;
+    };
+
+    // A thread that takes feedings in order.
+    class Worker {
+      public:
+        using Work = std::function<void(Feeding&)>;
+
+        void start(const char* name, int nice, Work work);
+        void push(Feeding feeding);
         void close();  // after all that was pushed
 
       private:
         void run();
 
+        Work work_;
         std::mutex mutex_;
         std::condition_variable changed_;
-        std::deque<Work> work_;
+        std::deque<Feeding> feedings_;
         bool closing_ = false;
-        std::vector<std::thread> threads_;
+        std::thread thread_;
     };
 
+    // The threads' work.
+    void enqueue(Feeding& feeding);
+    void await_slot(Feeding& feeding);
+    void await_copies(Feeding& feeding);
+
+    void enqueue_on_streams(Feeding& feeding);
     void copy(const Layer& layer, Address slot);
-    // Does some work, and tells how it went.
-    void perform(std::uint64_t number, const std::function<void()>& work);
+    void tell(News news, bool wakes);
+    std::vector<News> take_news();  // under the lock
+    void note(Span::What what, const Feeding& feeding, Clock::time_point begin);
 
     const std::shared_ptr<Device> device_;
     const std::vector<Layer> layers_;
-    const std::vector<Address> scratch_;
+    const Options options_;
     std::vector<std::unique_ptr<Stream>> streams_;
-    std::mutex mutex_;  // over the next four
-    std::condition_variable changed_;
-    std::uint64_t next_ = 0;
-    std::uint64_t enqueued_ = 0;  // feedings below this number are
-    std::vector<Ticket> done_;
+    std::uint64_t next_ = 0;  // the caller's thread's
+    std::mutex mutex_;        // over the next five
+    std::condition_variable told_;
+    std::vector<News> news_;
+    bool due_ = false;  // somebody waits for some of it
+    std::deque<Span> spans_;
     Signal signal_;
-    Queue enqueuing_;
-    Queue waiting_;
+    Worker enqueuing_;
+    Worker awaiting_slots_;
+    Worker awaiting_copies_;
 };
 
 }  // namespace asyncload

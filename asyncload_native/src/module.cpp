@@ -379,31 +379,41 @@ void bind_engine(nb::module_& module) {
 }
 
 void bind_layer_feed(nb::module_& module) {
-    nb::class_<LayerFeed::Ticket>(module, "Ticket", "What was done of what a feed was asked.")
-        .def_ro("number", &LayerFeed::Ticket::number)
-        .def_ro("failure", &LayerFeed::Ticket::failure, "What the device said, if it failed.")
-        .def_ro("code", &LayerFeed::Ticket::code);
-    nb::class_<LayerFeed::Feeding>(module, "Feeding", "A layer that is being brought into a slot.")
-        .def_ro("number", &LayerFeed::Feeding::number)
-        .def_ro("begun", &LayerFeed::Feeding::begun, "Events before its copies, one for each stream.")
-        .def_ro("arrived", &LayerFeed::Feeding::arrived, "Events behind them.");
+    nb::class_<LayerFeed::News>(module, "FeedNews", "What has come of a feeding.")
+        .def_ro("number", &LayerFeed::News::number, "Whose.")
+        .def_ro("has_arrived", &LayerFeed::News::has_arrived,
+                "That its copies have ended, or else that they are enqueued, and what had the slot before has ended.")
+        .def_ro("failure", &LayerFeed::News::failure, "What the device said, if it failed.")
+        .def_ro("code", &LayerFeed::News::code, "And its name for it.")
+        .def_ro("begun", &LayerFeed::News::begun, "Events before its copies, one for each stream, when it is enqueued.")
+        .def_ro("arrived", &LayerFeed::News::arrived, "Events behind them.");
     nb::class_<LayerFeed>(module, "LayerFeed", "Brings layers out of registered host memory into slots.")
         .def(nb::new_([](std::shared_ptr<Device> device, const std::vector<Pieces>& layers, std::uint32_t streams,
-                         std::vector<Address> scratch, std::uint32_t waiters, int nice) {
+                         std::vector<Address> scratch, bool each_arrival, bool trace, int nice) {
                  std::vector<LayerFeed::Layer> pieces;
                  for (const Pieces& layer : layers) pieces.push_back(read_pieces(layer));
-                 return make_threaded<LayerFeed>(std::move(device), std::move(pieces), streams, std::move(scratch),
-                                                 waiters, nice);
+                 LayerFeed::Options options{streams, std::move(scratch), each_arrival, trace, nice};
+                 return make_threaded<LayerFeed>(std::move(device), std::move(pieces), std::move(options));
              }),
-             "device"_a, "layers"_a, "streams"_a, "scratch"_a, "waiters"_a, "nice"_a,
-             "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of "
-             "its\n"
+             "device"_a, "layers"_a, "streams"_a, "scratch"_a, "each_arrival"_a, "trace"_a, "nice"_a,
+             "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of its\n"
              "groups, and blocks, 0 for what is copied as it is.")
         .def("feed", &LayerFeed::feed, "layer"_a, "slot"_a, "after"_a,
-             "Has a layer, by its index, enqueued into the slot at an address behind events.")
-        .def("settle", &LayerFeed::settle, "events"_a, "Has events waited for; the number by which that is told.")
-        .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is done.")
-        .def("poll", &LayerFeed::poll, "What was done since it was last asked.")
+             "Has a layer, by its index, enqueued into the slot at an address, behind events that the caller keeps until\n"
+             "he is told; the number by which he is.")
+        .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is to be told.")
+        .def("poll", &LayerFeed::poll, "What has come since it was last asked.")
+        .def(
+            "take_spans",
+            [](LayerFeed& feed) {
+                std::vector<std::tuple<int, std::size_t, double, double>> spans;
+                for (const auto& [what, layer, begin, end] : feed.take_spans())
+                    spans.emplace_back(static_cast<int>(what), layer, begin, end);
+                return spans;
+            },
+            "What threads did since it was last asked, if that is noted: 0 enqueued, 1 waited for the slot, 2 for the\n"
+            "copies; for which layer; from when to when, in seconds of the host's clock.")
+        .def_prop_ro("streams", &LayerFeed::streams, "What other libraries know the streams by; 0 on the host.")
         .def("close", &LayerFeed::close, Unlocked(), "Waits for what is under way, and ends threads and streams.");
     module.def(
         "consume",

@@ -1,7 +1,7 @@
 // What the engine's threads are called, and how important they are.
 #pragma once
 
-#include <pthread.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -12,7 +12,7 @@ namespace asyncload {
 
 // Names the calling thread; 15 characters are kept.
 inline void name_thread(const char* name) {
-    pthread_setname_np(pthread_self(), name);
+    prctl(PR_SET_NAME, name);
 }
 
 // Adds to the calling thread's niceness, which Linux keeps for each thread.

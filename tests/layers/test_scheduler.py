@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,12 @@ class FakeEvent:
         if passed:
             self.passed.set()
 
+    async def wait(self) -> None:
+        """Until it passes."""
+        await self.passed.wait()
+        if self.error is not None:
+            raise self.error
+
 
 class Bench:
     """A scheduler over no device, whose feeds take ``feeding`` seconds a layer."""
@@ -45,18 +51,12 @@ class Bench:
         layers: Any = [SimpleNamespace(number=number) for number in range(LAYERS)]
         no_memory: Any = SimpleNamespace(memory=None)
         spaces = [Slot(index, no_memory) for index in range(slots)]
-        self.scheduler = Scheduler(layers, spaces, self._feed, self._settle, self._record, stall_limit=LIMIT)
+        self.scheduler = Scheduler(layers, spaces, self._feed, self._record, at_once=2, stall_limit=LIMIT)
 
     async def _feed(self, layer: Any, _slot: Any) -> Fed:
         await anyio.sleep(self.feeding[layer.number])
         arrived: Any = self.arrivals.pop(layer.number, FakeEvent())
-        return Fed([arrived])
-
-    async def _settle(self, events: Sequence[Any]) -> None:
-        for event in events:
-            await event.passed.wait()
-            if event.error is not None:
-                raise event.error
+        return Fed([arrived], arrival=arrived.wait)
 
     async def _record(self, _stream: Any) -> Any:
         if self.recording is not None:
