@@ -74,8 +74,7 @@ class LayerTiming:
 class PassStats:
     """What one pass of all layers took, in seconds by the device's events, and ``layers`` one by one.
 
-    ``threads`` is what the loader's threads in Python did meanwhile, in seconds from the pass's begin, where that is
-    noted.
+    ``threads`` is what the loader's threads did meanwhile, in seconds from the pass's begin, where that is noted.
 
     A pass begins when its first layer's copies are enqueued and the first ride's stream has nothing else to do than to
     wait for them; it ends with the work on the layers. ``wall`` is the time between: not the time between two passes,

@@ -215,7 +215,7 @@ class Loader:
         (``context``, ``kv_type``, ``kv_bytes``, ``workspace``, ``batch``, ``margin``, ``prefill_cache``). ``host``:
         layers that stream are kept in pinned host memory (``"slabs"``), or read from the file in each sweep
         (``"file"``), or the former where that takes no more than half of what can be had (``"auto"``). ``trace`` has
-        ``last_pass`` say what the loader's threads in Python did, too.
+        ``last_pass`` say what the loader's threads did, too.
 
         Entering the block raises ``DoesNotFitError`` where no mode fits, and what ``load`` raises; the iteration what
         fetching a layer raises.

@@ -130,8 +130,8 @@ class _Layers:
         model: Model,
         feed: FileFeed | SlabFeed | NativeSlabFeed,
         scheduler: Scheduler,
-        settle: Settle,
         *,
+        settle: Settle,
         trace: bool,
     ) -> None:
         self.engine = engine
@@ -278,7 +278,7 @@ class LayerStream:
                 at_once=_READ_AT_ONCE if isinstance(feed, FileFeed) else plan.slots,
                 stall_limit=engine.options.stall_limit,
             )
-            self._layers = _Layers(engine, plan, model, feed, scheduler, settle, trace=self._request.trace)
+            self._layers = _Layers(engine, plan, model, feed, scheduler, settle=settle, trace=self._request.trace)
             group = anyio.create_task_group()
             await group.__aenter__()
             stack.push_async_exit(partial(_leave, group, scheduler))

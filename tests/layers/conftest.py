@@ -1,17 +1,38 @@
-"""A model of six layers that differ in size, and the invariants that hold however a load ends."""
+"""Both engines, a model of six layers that differ in size, and the invariants that hold however a stream ends."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import anyio
 import pytest
 
-from tests.layers.models import Content, make_model
-from tests.loader.conftest import nothing_left
+from asyncload.loader import Loader
+from asyncload.options import EngineOption, Options
+from asyncload.threads import run_in_thread
+from tests.layers.models import SMALL, Content, make_model
+from tests.loader.conftest import nothing_left as nothing_left_of_loads
 
-__all__ = ["nothing_left"]
+__all__ = ["nothing_left_of_loads"]
+
+_PATIENCE = 20.0  # seconds; it matters only where something hangs
+
+
+@pytest.fixture(params=["python", pytest.param("native", marks=pytest.mark.native)])
+def engine(request: pytest.FixtureRequest) -> EngineOption:
+    """Runs a test once on each engine."""
+    engine: EngineOption = request.param
+    return engine
+
+
+@pytest.fixture
+def small(engine: EngineOption) -> Options:
+    """Sizes at which a small model has many chunks."""
+    return replace(SMALL, engine=engine)
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +40,29 @@ def six_layers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Content]
     """The path, and what each tensor is in float16."""
     path = tmp_path_factory.mktemp("model") / "model.gguf"
     return anyio.run(partial(make_model, path, 6, uneven=True))
+
+
+def _feeds_by_threads() -> bool:
+    """Whether a C++ thread feeds layers."""
+    names: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            names.append((task / "comm").read_text().rstrip())
+    return not {"asyncload-feed", "asyncload-slots", "asyncload-copy"}.isdisjoint(names)
+
+
+@pytest.fixture
+def nothing_left(
+    nothing_left_of_loads: Callable[[Loader], AbstractAsyncContextManager[None]],
+) -> Callable[[Loader], AbstractAsyncContextManager[None]]:
+    """What a load leaves as it was, and no C++ thread that feeds layers."""
+
+    @asynccontextmanager
+    async def nothing_left(loader: Loader) -> AsyncGenerator[None]:
+        async with nothing_left_of_loads(loader):
+            yield
+        with anyio.fail_after(_PATIENCE):  # the system counts a thread a little longer than it runs
+            while await run_in_thread(_feeds_by_threads):
+                await anyio.sleep(0.001)
+
+    return nothing_left

@@ -22,7 +22,8 @@ import asyncload
 from asyncload import blocking
 from asyncload.device import HostDevice
 from asyncload.errors import ClosedError, DoesNotFitError, PlanError, StalledError, TensorNotFoundError
-from tests.layers.models import SMALL, Content, layers_only
+from asyncload.options import EngineOption, Options
+from tests.layers.models import Content, layers_only
 
 Six = tuple[Path, Content]
 ORDER = list(range(6))
@@ -31,12 +32,14 @@ feeds = pytest.mark.parametrize("host", ["slabs", "file"])
 
 
 @contextmanager
-def opened(path: Path, device: HostDevice | None = None, **more: Any) -> Generator[blocking.LayerStream]:
+def opened(
+    path: Path, options: Options, device: HostDevice | None = None, **more: Any
+) -> Generator[blocking.LayerStream]:
     """A stream in which all layers pass through two slots, unless ``more`` says something else; it leaves nothing."""
     device = device or HostDevice(poison=True)
     arguments: dict[str, Any] = {"dtype": "f16", "allow": ["stream"], "workspace": 0, "kv_bytes": 0, **more}
     free = device.memory().free
-    with blocking.stream(path, device=device, options=SMALL, **arguments) as layers:
+    with blocking.stream(path, device=device, options=options, **arguments) as layers:
         yield layers
     assert device.memory().free == free
 
@@ -57,9 +60,9 @@ def sweep(layers: Iterable[blocking.Layer]) -> tuple[list[int], Content]:
 
 @pytest.mark.parametrize("mode", ["full", "stream"])
 @feeds
-def test_every_sweep_gives_every_layer(six_layers: Six, mode: str, host: str) -> None:
+def test_every_sweep_gives_every_layer(six_layers: Six, mode: str, host: str, small: Options) -> None:
     path, expected = six_layers
-    with opened(path, allow=[mode], host=host) as layers:
+    with opened(path, small, allow=[mode], host=host) as layers:
         assert (layers.plan.mode, layers.host) == (mode, host)
         assert list(layers.header.layers) == ORDER
         assert layers.resident["token_embd.weight"].numpy().tobytes() == expected["token_embd.weight"]
@@ -72,8 +75,8 @@ def test_every_sweep_gives_every_layer(six_layers: Six, mode: str, host: str) ->
         assert sweep(layers) == (ORDER, layers_only(expected))
 
 
-def test_a_layer_is_used_once_and_inside_of_its_block(six_layers: Six) -> None:
-    with opened(six_layers[0]) as layers:
+def test_a_layer_is_used_once_and_inside_of_its_block(six_layers: Six, small: Options) -> None:
+    with opened(six_layers[0], small) as layers:
         for layer in layers:
             with pytest.raises(ClosedError):
                 layer["attn_q.weight"]
@@ -89,9 +92,9 @@ def test_a_layer_is_used_once_and_inside_of_its_block(six_layers: Six) -> None:
                 pytest.fail("it was entered again")
 
 
-def test_what_a_pass_took(six_layers: Six) -> None:
+def test_what_a_pass_took(six_layers: Six, small: Options) -> None:
     device = HostDevice()
-    with opened(six_layers[0], device, trace=True) as layers:
+    with opened(six_layers[0], small, device, trace=True) as layers:
         stream = device.stream()
         with pytest.raises(PlanError):
             layers.last_pass()
@@ -107,8 +110,8 @@ def test_what_a_pass_took(six_layers: Six) -> None:
 
 @pytest.mark.parametrize("rides", [2, 5])
 @feeds
-def test_threads_ride_together(six_layers: Six, rides: int, host: str) -> None:
-    with opened(six_layers[0], host=host) as layers:
+def test_threads_ride_together(six_layers: Six, rides: int, host: str, small: Options) -> None:
+    with opened(six_layers[0], small, host=host) as layers:
 
         def ride(place: blocking.LayerRide) -> list[tuple[list[int], Content]]:
             with place:
@@ -119,8 +122,8 @@ def test_threads_ride_together(six_layers: Six, rides: int, host: str) -> None:
         assert found == [[(ORDER, layers_only(six_layers[1]))] * 4] * rides
 
 
-def test_a_thread_that_stalls_is_left_behind(six_layers: Six) -> None:
-    options = replace(SMALL, stall_limit=0.05)
+def test_a_thread_that_stalls_is_left_behind(six_layers: Six, small: Options) -> None:
+    options = replace(small, stall_limit=0.05)
     with (
         blocking.Loader("host", options=options) as loader,
         loader.stream(six_layers[0], dtype="f16", allow=["stream"], workspace=0, kv_bytes=0) as layers,
@@ -135,7 +138,9 @@ def test_a_thread_that_stalls_is_left_behind(six_layers: Six) -> None:
 
 
 @pytest.mark.parametrize("outlasts", [False, True])
-def test_a_block_that_another_thread_is_in_when_the_stream_ends(six_layers: Six, *, outlasts: bool) -> None:
+def test_a_block_that_another_thread_is_in_when_the_stream_ends(
+    six_layers: Six, small: Options, *, outlasts: bool
+) -> None:
     """It is waited for, up to the limit, and ends well also when everything else has ended."""
     inside, stream_ended, block_ends = (threading.Event() for _ in range(3))
     device = HostDevice()
@@ -156,7 +161,7 @@ def test_a_block_that_another_thread_is_in_when_the_stream_ends(six_layers: Six,
         place.close()
 
     with ThreadPoolExecutor(1) as threads:
-        options = replace(SMALL, stall_limit=0.05 if outlasts else PATIENCE)
+        options = replace(small, stall_limit=0.05 if outlasts else PATIENCE)
         with blocking.stream(six_layers[0], device=device, options=options, slots=2, allow=["stream"]) as layers:
             riding = threads.submit(ride, layers, layers.join())
             assert inside.wait(PATIENCE)
@@ -165,9 +170,9 @@ def test_a_block_that_another_thread_is_in_when_the_stream_ends(six_layers: Six,
         riding.result(PATIENCE)
 
 
-def test_an_error_in_the_body_ends_everything(six_layers: Six) -> None:
+def test_an_error_in_the_body_ends_everything(six_layers: Six, small: Options) -> None:
     device = HostDevice()
-    with pytest.raises(ZeroDivisionError), opened(six_layers[0], device) as layers:
+    with pytest.raises(ZeroDivisionError), opened(six_layers[0], small, device) as layers:
         for layer in layers:
             with layer.on():
                 raise ZeroDivisionError
@@ -178,21 +183,21 @@ def test_an_error_in_the_body_ends_everything(six_layers: Six) -> None:
         layers.join()
     with pytest.raises(ClosedError):
         layers.last_pass()
-    with pytest.raises(DoesNotFitError), opened(six_layers[0], device, free=1000):
+    with pytest.raises(DoesNotFitError), opened(six_layers[0], small, device, free=1000):
         pytest.fail("it fitted")
     gc.collect()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncload-layers")]
 
 
-async def one_line(path: Path) -> tuple[list[int], bytes]:
-    async with asyncload.stream(path, device="host", options=SMALL, slots=1, allow=["stream"], dtype="f16") as layers:
+async def one_line(path: Path, options: Options) -> tuple[list[int], bytes]:
+    async with asyncload.stream(path, device="host", options=options, slots=1, allow=["stream"], dtype="f16") as layers:
         numbers = [layer.number async for layer in layers]
         return numbers, layers.resident["token_embd.weight"].numpy().tobytes()
 
 
-def test_one_line_has_a_loader_of_its_own(six_layers: Six) -> None:
-    assert anyio.run(one_line, six_layers[0]) == (ORDER, six_layers[1]["token_embd.weight"])
-    with asyncload.blocking.stream(six_layers[0], device="host", options=SMALL) as layers:
+def test_one_line_has_a_loader_of_its_own(six_layers: Six, small: Options) -> None:
+    assert anyio.run(one_line, six_layers[0], small) == (ORDER, six_layers[1]["token_embd.weight"])
+    with asyncload.blocking.stream(six_layers[0], device="host", options=small) as layers:
         assert layers.plan.mode == "full"
         assert sweep(layers)[0] == ORDER
 
@@ -204,26 +209,33 @@ from asyncload.device import HostDevice
 from asyncload.options import Options
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
 device = HostDevice()
-options = Options(engine="python", chunk_size=64 << 10, staging=256 << 10, threads=2)
-uploads = 0
+options = Options(engine=sys.argv[4], chunk_size=64 << 10, staging=256 << 10, threads=2)
+steps = 0
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 class Watched(HostDevice):
-    # Its copies are slow once the model is streamed, and one of them interrupts.
+    # Its copies are slow once the model is streamed, and one of them interrupts, or what C++ tells of one.
+    def step(self):
+        global steps
+        if self.bandwidth:
+            steps += 1
+            if steps == 2 and sys.argv[2] == "waiting":
+                interrupt()
+
     def stream(self):
         stream = super().stream()
         upload = stream.upload
         def watched(*arguments):
-            global uploads
-            if self.bandwidth:
-                uploads += 1
-                if uploads == 2 and sys.argv[2] == "waiting":
-                    interrupt()
+            self.step()
             upload(*arguments)
         stream.upload = watched
         return stream
+
+    def from_native(self, event):
+        self.step()
+        return super().from_native(event)
 
 def left():
     return [t.name for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
@@ -256,10 +268,10 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("where", ["waiting", "inside"])
 @feeds
-def test_an_interrupt_ends_cleanly(six_layers: Six, where: str, host: str) -> None:
+def test_an_interrupt_ends_cleanly(six_layers: Six, where: str, host: str, engine: EngineOption) -> None:
     """Ctrl-C while a layer is waited for, and while one is used: KeyboardInterrupt, and no other noise."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(six_layers[0]), where, host],
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(six_layers[0]), where, host, engine],
         capture_output=True,
         text=True,
         timeout=100,
