@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncload.pipeline._backend import Backend, Hears, Sink, Transfer
 from asyncload.pipeline._engine import Engine
-from asyncload.pipeline._native import NativeBackend
+from asyncload.pipeline._native import NativeBackend, NativeDevice
 from asyncload.pipeline._read import read_patiently
 from asyncload.pipeline._spans import ThreadSpan, ThreadSpans
 from asyncload.pipeline._stats import LoadStats, StageStats
@@ -15,6 +15,7 @@ __all__ = [
     "Hears",
     "LoadStats",
     "NativeBackend",
+    "NativeDevice",
     "Sink",
     "StageStats",
     "ThreadSpan",

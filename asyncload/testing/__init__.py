@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from asyncload.testing._gguf_writer import MetadataValue, TensorSpec, Typed, encode_header, lay_out, write_gguf
     from asyncload.testing._layer_conformance import LayerConformance
     from asyncload.testing._layer_model import write_layers
-    from asyncload.testing._layer_rig import LayerConsumer, LayerRig, RaceDevice, Wait, differences
+    from asyncload.testing._layer_rig import (
+        LayerConsumer,
+        LayerRig,
+        NativeRaceDevice,
+        RaceDevice,
+        Wait,
+        differences,
+    )
     from asyncload.testing._layer_rig_cuda import cuda_rig
     from asyncload.testing._layer_rig_host import host_rig
     from asyncload.testing._sources import AsyncOnlySource, FaultySource, LatencySource, ThrottledSource
@@ -34,6 +41,7 @@ __all__ = [
     "LayerConsumer",
     "LayerRig",
     "MetadataValue",
+    "NativeRaceDevice",
     "RaceDevice",
     "SleepingKernel",
     "StreamProxy",
@@ -63,6 +71,7 @@ _HOMES: Final = {
     "LayerConsumer": "asyncload.testing._layer_rig",
     "LayerRig": "asyncload.testing._layer_rig",
     "MetadataValue": "asyncload.testing._gguf_writer",
+    "NativeRaceDevice": "asyncload.testing._layer_rig",
     "RaceDevice": "asyncload.testing._layer_rig",
     "SleepingKernel": "asyncload.testing._cuda_kernel",
     "StreamProxy": "asyncload.testing._device_proxy",

@@ -11,15 +11,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 from asyncload.device import Device, DeviceInfo, DeviceMemory, Event, StagingMemory, Stream
+from asyncload.gguf import GGMLType
 from asyncload.layers import Layer
 from asyncload.loader import Loader
+from asyncload.pipeline import NativeDevice
+from asyncload.quant import DType
 from asyncload.testing._device_proxy import DeviceProxy, StreamProxy
 from asyncload.threads import run_in_thread
 
-__all__ = ["POISON", "LayerConsumer", "LayerRig", "RaceDevice", "Wait", "differences"]
+__all__ = ["POISON", "LayerConsumer", "LayerRig", "NativeRaceDevice", "RaceDevice", "Wait", "differences"]
 
 POISON = 0xA5  #: what memory is filled with that nobody is to read
 
@@ -71,6 +74,43 @@ class RaceDevice(DeviceProxy):
         if self._before_free is not None:
             self._before_free(memory)
         super().free(memory)
+
+
+class NativeRaceDevice(RaceDevice):
+    """One that C++ threads copy to, whose streams have no hooks.
+
+    ``unrecorded`` is an event by its handle, that nobody records: the ``lost`` wait of copies is one for it.
+    """
+
+    def __init__(
+        self,
+        inner: NativeDevice,
+        *,
+        before_free: Callable[[DeviceMemory], None] | None = None,
+        lost: Wait | None = None,
+        unrecorded: int = 0,
+    ) -> None:
+        super().__init__(inner, before_free=before_free, lost=lost)
+        self._native = inner
+        self._unrecorded = unrecorded
+
+    def native(self) -> Any:
+        """The inner device's."""
+        return self._native.native()
+
+    def from_native(self, event: Any) -> Event:
+        """The inner device's."""
+        return self._native.from_native(event)
+
+    def to_native(self, event: Event) -> Any:
+        """The inner device's, unless that wait is lost."""
+        if self._lost is Wait.COPY_FOR_WORK:
+            return self.native().adopt_event(self._unrecorded)
+        return self._native.to_native(event)
+
+    def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002
+        """The inner device's."""
+        return self._native.native_kernel(type, dtype)
 
 
 class _RaceStream(StreamProxy):

@@ -11,16 +11,20 @@ from functools import partial
 from asyncload.device import HostDevice
 from asyncload.loader import Loader
 from asyncload.options import Options
-from asyncload.testing._layer_rig import POISON, LayerConsumer, LayerRig, RaceDevice, Wait
+from asyncload.testing._layer_rig import POISON, LayerConsumer, LayerRig, NativeRaceDevice, RaceDevice, Wait
 
 __all__ = ["host_rig"]
 
 
 @asynccontextmanager
 async def host_rig(options: Options, *, lost: Wait | None = None) -> AsyncGenerator[LayerRig]:
-    """A loader over a poisoning ``HostDevice`` that stands for a GPU, without the ``lost`` wait."""
+    """A loader over a poisoning ``HostDevice`` that stands for a GPU, without the ``lost`` wait.
+
+    Its engine is the native one if ``options`` ask for that.
+    """
     device = HostDevice(poison=True)
-    async with Loader(RaceDevice(device, lost=lost), options=options) as loader, _HostRig(loader, device) as rig:
+    race = (NativeRaceDevice if options.engine == "native" else RaceDevice)(device, lost=lost)
+    async with Loader(race, options=options) as loader, _HostRig(loader, device) as rig:
         yield rig
 
 

@@ -12,16 +12,24 @@ import pytest
 from asyncload import blocking
 from asyncload.gguf import GGMLType
 from asyncload.loader import Loader
+from asyncload.options import EngineOption
 from asyncload.testing import LayerConformance, LayerRig, Wait, differences, host_rig, write_layers
 from tests.layers.models import SMALL
 
 
 class TestHostLayers(LayerConformance):
+    engine: EngineOption = "python"
+
     def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
-        return host_rig(replace(SMALL, decode="device"), lost=lost)
+        return host_rig(replace(SMALL, decode="device", engine=self.engine), lost=lost)
 
     def in_use(self, loader: Loader) -> Sequence[object]:
         return [*super().in_use(loader), loader._active().idle]
+
+
+@pytest.mark.native
+class TestNativeHostLayers(TestHostLayers):
+    engine = "native"
 
 
 def test_differences_are_told_by_tensor() -> None:
