@@ -366,28 +366,30 @@ class Engine:
     def close(self) -> None:
         """Ends all jobs and the threads; blocks."""
 
-class Ticket:
-    """What was done of what a feed was asked."""
+class FeedNews:
+    """What has come of a feeding."""
 
     @property
-    def number(self) -> int: ...
+    def number(self) -> int:
+        """Whose."""
+
+    @property
+    def has_arrived(self) -> bool:
+        """
+        That its copies have ended, or else that they are enqueued, and what had the slot before has ended.
+        """
 
     @property
     def failure(self) -> str | None:
         """What the device said, if it failed."""
 
     @property
-    def code(self) -> str: ...
-
-class Feeding:
-    """A layer that is being brought into a slot."""
-
-    @property
-    def number(self) -> int: ...
+    def code(self) -> str:
+        """And its name for it."""
 
     @property
     def begun(self) -> list[Event]:
-        """Events before its copies, one for each stream."""
+        """Events before its copies, one for each stream, when it is enqueued."""
 
     @property
     def arrived(self) -> list[Event]:
@@ -396,26 +398,34 @@ class Feeding:
 class LayerFeed:
     """Brings layers out of registered host memory into slots."""
 
-    def __init__(self, device: Device, layers: Sequence[Annotated[NDArray[numpy.uint64], dict(shape=(None, 6), order='C', device='cpu', writable=False)]], streams: int, scratch: Sequence[int], waiters: int, nice: int) -> None:
+    def __init__(self, device: Device, layers: Sequence[Annotated[NDArray[numpy.uint64], dict(shape=(None, 6), order='C', device='cpu', writable=False)]], streams: int, scratch: Sequence[int], each_arrival: bool, trace: bool, nice: int) -> None:
         """
         A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of its
         groups, and blocks, 0 for what is copied as it is.
         """
 
-    def feed(self, layer: int, slot: int, after: Sequence[Event]) -> Feeding:
+    def feed(self, layer: int, slot: int, after: Sequence[Event]) -> int:
         """
-        Has a layer, by its index, enqueued into the slot at an address behind events.
+        Has a layer, by its index, enqueued into the slot at an address, behind events that the caller keeps until
+        he is told; the number by which he is.
         """
-
-    def settle(self, events: Sequence[Event]) -> int:
-        """Has events waited for; the number by which that is told."""
 
     @property
     def descriptor(self) -> int:
-        """An eventfd that is readable when something is done."""
+        """An eventfd that is readable when something is to be told."""
 
-    def poll(self) -> list[Ticket]:
-        """What was done since it was last asked."""
+    def poll(self) -> list[FeedNews]:
+        """What has come since it was last asked."""
+
+    def take_spans(self) -> list[tuple[int, int, float, float]]:
+        """
+        What threads did since it was last asked, if that is noted: 0 enqueued, 1 waited for the slot, 2 for the
+        copies; for which layer; from when to when, in seconds of the host's clock.
+        """
+
+    @property
+    def streams(self) -> list[int]:
+        """What other libraries know the streams by; 0 on the host."""
 
     def close(self) -> None:
         """Waits for what is under way, and ends threads and streams."""

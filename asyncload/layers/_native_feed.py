@@ -34,7 +34,7 @@ class _Feeding:
     after: Sequence[Event]  # which they use until they have told of it
     enqueued: anyio.Event = field(default_factory=anyio.Event)  # and what had the slot before has ended
     arrived: anyio.Event = field(default_factory=anyio.Event)
-    around: list[tuple[Event, Event]] = field(default_factory=list)  # the copies, by stream
+    around: list[tuple[Event, Event]] = field(default_factory=list[tuple[Event, Event]])  # the copies, by stream
     error: Exception | None = None
 
     async def arrival(self) -> None:
@@ -146,10 +146,14 @@ class NativeSlabFeed:
         """Hears from the C++ threads until it is cancelled."""
         while True:
             await anyio.wait_readable(self._feed.descriptor)
-            for news in self._feed.poll():
-                self._hear(news)
+            self.hear()
 
-    def _hear(self, news: Any) -> None:
+    def hear(self) -> None:
+        """Takes what has come."""
+        for news in self._feed.poll():
+            self._take(news)
+
+    def _take(self, news: Any) -> None:
         feeding = self._feedings[news.number]
         if news.failure is not None:
             name = self._device.info.name
@@ -184,7 +188,8 @@ class NativeSlabFeed:
 
     def take_spans(self) -> Iterator[ThreadSpan]:
         """What the C++ threads did since they were last asked, if that is noted."""
-        for what, index, begin, end in self._feed.take_spans():
+        spans: list[tuple[int, int, float, float]] = self._feed.take_spans()
+        for what, index, begin, end in spans:
             thread, did = _SPANS[what]
             yield ThreadSpan(f"asyncload-{thread}", f"{did} {self._layers[index].number}", begin, end)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
-from asyncload.device import Device, DeviceMemory, Stream, open_device
+from asyncload.device import Device, DeviceMemory, open_device
 from asyncload.loader import Loader
 from asyncload.options import Options
+from asyncload.pipeline import NativeDevice
 from asyncload.testing._cuda_kernel import SleepingKernel
-from asyncload.testing._layer_rig import POISON, LayerConsumer, LayerRig, RaceDevice, Wait
+from asyncload.testing._layer_rig import POISON, LayerConsumer, LayerRig, NativeRaceDevice, RaceDevice, Wait
 from asyncload.threads import run_in_thread
 
 __all__ = ["cuda_rig"]
@@ -19,12 +21,21 @@ __all__ = ["cuda_rig"]
 
 @asynccontextmanager
 async def cuda_rig(kernel: SleepingKernel, options: Options, *, lost: Wait | None = None) -> AsyncGenerator[LayerRig]:
-    """A loader over the kernel's device, which poisons what it frees, without the ``lost`` wait."""
+    """A loader over the kernel's device, which poisons what it frees, without the ``lost`` wait.
+
+    Its engine is the native one if ``options`` ask for that; only what comes out of slabs has a slow bus then.
+    """
     bus = _Bus(kernel)
     inner = await run_in_thread(open_device, f"cuda:{kernel.index}")
-    device = RaceDevice(inner, before_copy=bus.delay, before_free=bus.poison, lost=lost)
-    async with Loader(device, options=options) as loader, _CudaRig(loader, inner, bus) as rig:
-        yield rig
+    device: RaceDevice
+    if options.engine == "native":
+        assert isinstance(inner, NativeDevice)
+        device = NativeRaceDevice(inner, before_free=bus.poison, lost=lost, unrecorded=bus.unrecorded)
+    else:
+        device = RaceDevice(inner, before_copy=bus.delay, before_free=bus.poison, lost=lost)
+    with _slow_feeds(bus) if options.engine == "native" else nullcontext():
+        async with Loader(device, options=options) as loader, _CudaRig(loader, inner, bus) as rig:
+            yield rig
 
 
 class _Bus:
@@ -34,8 +45,14 @@ class _Bus:
         self.kernel = kernel
         self.driver: Any = import_module("cuda.bindings.driver")
         self.seconds = 0.0
+        self._unrecorded = self.check(self.driver.cuEventCreate(0))
 
-    def delay(self, stream: Stream) -> None:
+    @property
+    def unrecorded(self) -> int:
+        """An event that nobody records, by its handle; it is never destroyed, as a test has few of them."""
+        return int(self._unrecorded)
+
+    def delay(self, stream: Any) -> None:
         if self.seconds:
             self.kernel.sleep(stream, self.seconds)
 
@@ -44,9 +61,48 @@ class _Bus:
             self.check(self.driver.cuMemsetD8(memory.address, POISON, memory.nbytes))
 
     @staticmethod
-    def check(result: tuple[Any, ...]) -> None:
+    def check(result: tuple[Any, ...]) -> Any:
         if int(result[0]) != 0:
             raise RuntimeError(f"the driver refuses: {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+
+@contextmanager
+def _slow_feeds(bus: _Bus) -> Generator[None]:
+    """Has the C++ feeds that are made meanwhile come over the bus."""
+    module: Any = import_module("asyncload_native")
+    make = module.LayerFeed
+
+    def make_slow(*arguments: Any, **options: Any) -> _SlowFeed:
+        return _SlowFeed(make(*arguments, **options), bus)
+
+    with patch.object(module, "LayerFeed", make_slow):
+        yield
+
+
+class _SlowFeed:
+    """A ``LayerFeed``, with the bus's sleeps in its streams before each layer."""
+
+    def __init__(self, feed: Any, bus: _Bus) -> None:
+        self._feed, self._bus = feed, bus
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._feed, name)
+
+    def feed(self, *arguments: Any) -> Any:
+        for handle in self._feed.streams:
+            self._bus.delay(_Handle(handle))
+        return self._feed.feed(*arguments)
+
+
+class _Handle:
+    """A stream by its handle."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
 
 
 class _CudaRig(LayerRig):

@@ -396,10 +396,12 @@ void bind_layer_feed(nb::module_& module) {
                  return make_threaded<LayerFeed>(std::move(device), std::move(pieces), std::move(options));
              }),
              "device"_a, "layers"_a, "streams"_a, "scratch"_a, "each_arrival"_a, "trace"_a, "nice"_a,
-             "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of its\n"
+             "A row of a layer has: address, bytes, offset in the slot, and the kernel's handle, blocks for each of "
+             "its\n"
              "groups, and blocks, 0 for what is copied as it is.")
         .def("feed", &LayerFeed::feed, "layer"_a, "slot"_a, "after"_a,
-             "Has a layer, by its index, enqueued into the slot at an address, behind events that the caller keeps until\n"
+             "Has a layer, by its index, enqueued into the slot at an address, behind events that the caller keeps "
+             "until\n"
              "he is told; the number by which he is.")
         .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is to be told.")
         .def("poll", &LayerFeed::poll, "What has come since it was last asked.")

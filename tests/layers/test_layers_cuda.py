@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import anyio
 import pytest
 
 from asyncload.loader import Loader
+from asyncload.options import EngineOption, Options
 from asyncload.testing import LayerConformance, LayerRig, SleepingKernel, Wait, cuda_rig, differences, write_layers
 from asyncload.threads import run_in_thread
 from tests.layers.models import SMALL, layers_only, make_model, open_stream
@@ -29,6 +31,7 @@ def kernel() -> Iterator[SleepingKernel]:
 
 
 class TestCudaLayers(LayerConformance):
+    engine: EngineOption = "python"
     cancellations = 84  # of consumers and of streams, by feed and event loop: 1,008 together
 
     @pytest.fixture(autouse=True)
@@ -36,22 +39,27 @@ class TestCudaLayers(LayerConformance):
         self.kernel = kernel
 
     def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
-        return cuda_rig(self.kernel, SMALL, lost=lost)
+        return cuda_rig(self.kernel, replace(SMALL, engine=self.engine), lost=lost)
 
     def in_use(self, loader: Loader) -> Sequence[object]:
         return [*super().in_use(loader), loader._active().idle]
+
+
+@pytest.mark.native
+class TestNativeCudaLayers(TestCudaLayers):
+    engine = "native"
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("host", ["slabs", "file"])
 async def test_as_many_layers_as_slots_are_handed_out_while_work_is_under_way(
-    tmp_path: Path, kernel: SleepingKernel, host: str, slots: int
+    tmp_path: Path, kernel: SleepingKernel, small: Options, host: str, slots: int
 ) -> None:
     path, content = await make_model(tmp_path / "model.gguf", 5, uneven=True, dtype="bf16")
     expected = layers_only(content)
     async with (
-        cuda_rig(kernel, SMALL) as rig,
+        cuda_rig(kernel, small) as rig,
         open_stream(rig.loader, path, dtype="bf16", slots=slots, host=host) as layers,
     ):
         ride, consumer = layers.join(), await rig.consumer(sum(map(len, expected.values())))
@@ -76,6 +84,7 @@ BROKEN = """
 import asyncio, ctypes, sys
 from asyncload.errors import DeviceError
 from asyncload.loader import Loader
+from asyncload.options import EngineOption, Options
 from asyncload.testing import SleepingKernel
 
 async def main():
@@ -113,11 +122,11 @@ def test_work_that_breaks_the_device_ends_in_its_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["slabs", "file"])
 @pytest.mark.parametrize("dtype", ["packed", "bf16"])
 async def test_a_pass_takes_what_its_copies_and_work_take(
-    tmp_path: Path, kernel: SleepingKernel, host: str, dtype: str
+    tmp_path: Path, kernel: SleepingKernel, small: Options, host: str, dtype: str
 ) -> None:
     path, content = await make_model(tmp_path / "model.gguf", 5, uneven=True, dtype=dtype)
     async with (
-        cuda_rig(kernel, SMALL) as rig,
+        cuda_rig(kernel, small) as rig,
         open_stream(rig.loader, path, dtype=dtype, slots=2, host=host) as layers,
     ):
         consumer = await rig.consumer(sum(map(len, content.values())), seconds=0.001)
@@ -139,10 +148,10 @@ async def test_a_pass_takes_what_its_copies_and_work_take(
 @pytest.mark.anyio
 @pytest.mark.torch
 @pytest.mark.parametrize("own", [False, True])
-async def test_torchs_current_stream_is_accepted(tmp_path: Path, *, own: bool) -> None:
+async def test_torchs_current_stream_is_accepted(tmp_path: Path, small: Options, *, own: bool) -> None:
     torch: Any = pytest.importorskip("torch")
     path, expected = await make_model(tmp_path / "model.gguf", 5, uneven=True, dtype="bf16")
-    async with Loader("cuda:0", options=SMALL) as loader, open_stream(loader, path, dtype="bf16") as layers:
+    async with Loader("cuda:0", options=small) as loader, open_stream(loader, path, dtype="bf16") as layers:
         with torch.cuda.stream(torch.cuda.Stream() if own else torch.cuda.default_stream()):
             for _ in range(2):
                 copies: dict[str, Any] = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from asyncload.gguf import GGMLType
 from asyncload.loader import Loader
 from asyncload.options import EngineOption
 from asyncload.testing import LayerConformance, LayerRig, Wait, differences, host_rig, write_layers
+from asyncload.threads import run_in_thread
 from tests.layers.models import SMALL
 
 
@@ -30,6 +33,34 @@ class TestHostLayers(LayerConformance):
 @pytest.mark.native
 class TestNativeHostLayers(TestHostLayers):
     engine = "native"
+
+
+@pytest.mark.native
+@pytest.mark.anyio
+async def test_a_layer_wakes_the_event_loop_once(tmp_path: Path) -> None:
+    layers, passes, wakes = 24, 3, 0
+    content = await run_in_thread(partial(write_layers, tmp_path / "model.gguf", layers))
+    nbytes = sum(map(len, content.values()))
+    async with host_rig(replace(SMALL, engine="native")) as rig:
+        arguments: dict[str, Any] = {"allow": ["stream"], "host": "slabs", "slots": 3, "workspace": 0, "kv_bytes": 0}
+        async with rig.loader.stream(tmp_path / "model.gguf", **arguments) as stream:
+            feed: Any = stream._active()._feed
+            hear = feed.hear
+
+            def counted() -> None:
+                nonlocal wakes
+                wakes += 1
+                hear()
+
+            feed.hear = counted
+            rig.slow_bus(0.001)
+            consumer = await rig.consumer(nbytes, seconds=0.001, poison=False)
+            for _ in range(passes):
+                async for layer in stream:
+                    consumer.use(layer)
+                await run_in_thread(consumer.take)
+    ahead = 3  # of the next pass
+    assert passes * layers / 4 < wakes <= passes * (layers + 1) + ahead  # one more at the end of each pass
 
 
 def test_differences_are_told_by_tensor() -> None:
