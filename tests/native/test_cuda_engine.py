@@ -254,7 +254,9 @@ def load_once(loads: Loads, before: int, *, timed: bool) -> list[str]:
     """A device, an engine and a load, each ended; the errors on the way."""
     from asyncload_native import CudaDevice, CudaError, Driver
 
-    kernel, targets, errors = (loads.cuda.kernel(loads.cuda.double, blocks_per_group=7), 7), [], []
+    kernel = loads.cuda.kernel(loads.cuda.double, blocks_per_group=7), 7
+    targets: list[int] = []
+    errors: list[str] = []
     try:
         loads.device = CudaDevice(Driver(loads.cuda.path), 0)
         engine = loads.make_engine()

@@ -321,11 +321,10 @@ class TestTheInterpreterLock:
             for thread in threads:
                 thread.join()
 
-    @pytest.mark.parametrize("wake", ["END", "CHUNK"])
     @pytest.mark.parametrize("poison", [False, True])
     @pytest.mark.parametrize("decode", PLACES)
     def test_a_load_takes_place_while_somebody_keeps_it(
-        self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, poison: bool, wake: str
+        self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, poison: bool
     ) -> None:
         """``ctypes.PyDLL`` keeps the lock during its calls: here until the job says that it has ended."""
 

@@ -1,0 +1,164 @@
+"""What the engines promise beside a load's bytes: which one serves, what its failures say, and what it costs Python."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncload.device import HostDevice
+from asyncload.errors import CopyError, DeviceError, OutOfDeviceMemoryError, SourceReadError
+from asyncload.events import Progress
+from asyncload.gguf import GGMLType
+from asyncload.loader import Loader, read_header
+from asyncload.options import DecodeOption, EngineOption, Options
+from asyncload.plan import plan_load
+from asyncload.source import MemorySource
+from asyncload.testing import write_gguf
+from asyncload.threads import run_in_thread
+from tests.loader.conftest import FailingFile
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_files_are_read_by_the_engine_that_was_asked_for(
+    model_path: Path, small: Options, engine: EngineOption
+) -> None:
+    async with Loader("host", options=small) as loader:
+        await loader.load(model_path)
+        opened = loader._active()
+        assert (opened._native is not None, opened._python is None) == (engine == "native", engine == "native")
+        await loader.load(MemorySource(model_path.read_bytes()))
+        assert opened._python is not None
+
+
+async def test_a_closed_loader_leaves_no_thread(model_path: Path, small: Options) -> None:
+    def threads() -> list[str]:
+        return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+
+    async with Loader("host", options=small) as loader:
+        (await loader.load(model_path)).close()
+    assert [name for name in threads() if name.startswith(("asyncload-work", "asyncload-host"))] == []
+
+
+class TestFailures:
+    async def test_of_a_read_say_where_and_why(
+        self, model_path: Path, small: Options, failing_file: FailingFile
+    ) -> None:
+        source = failing_file(model_path, {20: errno.EBADF})
+        async with Loader("host", options=small) as loader:
+            with pytest.raises(SourceReadError) as caught:
+                await loader.load(source)
+        error, plan = caught.value, plan_load(await read_header(model_path), chunk_size=small.chunk_size)
+        assert str(error) == f"{model_path}: {os.strerror(errno.EBADF)}"
+        assert (error.url, error.errno, error.transient) == (str(model_path), errno.EBADF, False)
+        assert error.offset in {chunk.offset for chunk in plan.chunks()}
+        assert error.partial is not None
+        error.partial.close()
+
+    async def test_of_reads_in_passing_say_that_they_may_pass(
+        self, model_path: Path, small: Options, failing_file: FailingFile
+    ) -> None:
+        source = failing_file(model_path, dict.fromkeys(range(5, 1000), errno.EIO))
+        async with Loader("host", options=small) as loader:
+            with pytest.raises(SourceReadError) as caught:
+                await loader.load(source)
+        assert (caught.value.errno, caught.value.transient) == (errno.EIO, True)
+
+    async def test_of_copies_name_a_tensor_and_the_device(self, model_path: Path, small: Options) -> None:
+        device = HostDevice()
+        async with Loader(device, options=small) as loader:
+            device.fail_upload(9)
+            with pytest.raises(CopyError, match=r"host: a copy .*failed, as a test asked") as caught:
+                await loader.load(model_path)
+            assert (caught.value.device, caught.value.code) == ("host", None)
+            header = await read_header(model_path)
+            assert header.tensors[caught.value.tensor or ""].nbytes
+
+    @pytest.mark.native
+    @pytest.mark.parametrize("decode", ["host", "device"])
+    async def test_of_a_kernel_in_cpp_name_a_tensor(
+        self, model_path: Path, nothing_left: Any, monkeypatch: pytest.MonkeyPatch, decode: DecodeOption
+    ) -> None:
+        kernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)(lambda *_: 0)
+        address = ctypes.cast(kernel, ctypes.c_void_p).value
+        options = Options(engine="native", chunk_size=64 << 10, threads=2, decode=decode)
+        async with Loader("host", options=options) as loader:
+            monkeypatch.setattr("asyncload.pipeline._native.kernel_address", lambda *_: address)
+            monkeypatch.setattr(HostDevice, "native_kernel", lambda *_: (address, 1))
+            async with nothing_left(loader):
+                with pytest.raises(DeviceError, match="decoding kernel failed") as caught:
+                    await loader.load(model_path, dtype="bf16")
+                notes = " ".join(getattr(caught.value, "__notes__", []))
+                name = caught.value.tensor if isinstance(caught.value, CopyError) else notes.split()[1]
+                assert name in (await read_header(model_path)).tensors
+                assert caught.value.partial is not None
+                caught.value.partial.close()
+                await run_in_thread(loader.tracker.flush)
+
+    async def test_of_an_allocation_while_the_first_tensors_move(
+        self, model_path: Path, nothing_left: Any, small: Options
+    ) -> None:
+        device = HostDevice(bandwidth=20e6, poison=True)
+        allocations = 0
+
+        def refuse(nbytes: int) -> None:
+            nonlocal allocations
+            allocations += 1
+            if allocations > 30:
+                raise OutOfDeviceMemoryError("full", device="host", needed=nbytes, available=0, breakdown={})
+
+        events: list[Progress] = []
+        async with Loader(device, options=small) as loader, nothing_left(loader):
+            device.on_allocate = refuse
+            with pytest.raises(OutOfDeviceMemoryError) as caught:
+                await loader.load(model_path, progress=events.append)
+            assert caught.value.breakdown["weights"] > 0
+            assert caught.value.partial is None
+            assert events == []
+            device.on_allocate = None
+            (await loader.load(model_path)).close()
+            await run_in_thread(loader.tracker.flush)
+
+
+@pytest.mark.native
+class TestPythonRuns:
+    @pytest.fixture
+    def calls(self) -> Iterator[Counter[str]]:
+        """Counts the calls of Python functions on this thread, and on those that begin from now on."""
+        calls: Counter[str] = Counter()
+
+        def count(_frame: object, event: str, _argument: object) -> None:
+            calls["now"] += event == "call"
+
+        threading.setprofile(count)
+        sys.setprofile(count)
+        yield calls
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    async def test_not_for_a_chunk(self, tmp_path: Path, calls: Counter[str]) -> None:
+        """A model of sixteen times the chunks takes as many functions, but for waking up once or twice more."""
+        options = Options(engine="native", chunk_size=64 << 10, threads=2)
+        found: dict[int, int] = {}
+        for chunks in (64, 1024):
+            size = chunks // 4 * options.chunk_size
+            tensors = {f"tensor{index}": (GGMLType.I8, (size,), bytes(size)) for index in range(4)}
+            path = await run_in_thread(write_gguf, tmp_path / "model.gguf", tensors)
+            async with Loader("host", options=options) as loader:
+                (await loader.load(path)).close()  # makes imports, caches and threads
+                await run_in_thread(loader.tracker.flush)
+                before = calls["now"]
+                model = await loader.load(path)
+                found[chunks] = calls["now"] - before
+                assert model.stats.bytes_uploaded == 4 * size
+        assert found[64] > 100, "they are counted"
+        assert abs(found[1024] - found[64]) < 100
