@@ -34,7 +34,7 @@ class Loads:
     """An engine on the stand-in, a file, and device memory for its tensors."""
 
     def __init__(self, cuda: StubCuda, path: Path) -> None:
-        from asyncload_native import CudaDevice, Driver, Engine
+        from asyncload_native import CudaDevice, Driver
 
         cuda.attach()
         self.cuda = cuda
@@ -42,13 +42,16 @@ class Loads:
         path.write_bytes(self.content)
         self.path = path
         self.ring = mmap.mmap(-1, BUFFERS * CHUNK)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self.ring))
-        assert cuda.call("cuMemHostRegister_v2", address, BUFFERS * CHUNK, 0) == 0
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.ring))
+        assert cuda.call("cuMemHostRegister_v2", self.address, BUFFERS * CHUNK, 0) == 0
         self.device: CudaDevice = CudaDevice(Driver(cuda.path), 0)
         self.scratch = [cuda.make("cuMemAlloc_v2", CHUNK) for _ in range(THREADS)]
-        self.make_engine: Callable[[], Engine] = lambda: Engine(
-            self.device, address, CHUNK, THREADS, BUFFERS, nice=0, retries=0, retry_delay=0.0
-        )
+
+    def make_engine(self) -> Engine:
+        """On the device."""
+        from asyncload_native import Engine
+
+        return Engine(self.device, self.address, CHUNK, THREADS, BUFFERS, nice=0, retries=0, retry_delay=0.0)
 
     def begin(
         self,
@@ -298,5 +301,5 @@ def test_whichever_call_of_a_load_fails(loads: Loads, function: str, timed: bool
 def test_the_context_is_given_back_with_the_device(loads: Loads) -> None:
     retained = loads.cuda.live("contexts")
     loads.make_engine().close()
-    del loads.device, loads.make_engine
+    del loads.device
     assert loads.cuda.live("contexts") == retained - 1
