@@ -30,9 +30,14 @@ LayerFeed::LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, 
     : device_(std::move(device)), layers_(std::move(layers)), options_(std::move(options)) {
     device_->attach();
     for (std::uint32_t index = 0; index < options_.streams; ++index) streams_.push_back(device_->open_stream());
-    enqueuing_.start("asyncload-feed", options_.nice, [this](Feeding& feeding) { enqueue(feeding); });
-    awaiting_slots_.start("asyncload-slots", options_.nice, [this](Feeding& feeding) { await_slot(feeding); });
-    awaiting_copies_.start("asyncload-copy", options_.nice, [this](Feeding& feeding) { await_copies(feeding); });
+    try {
+        enqueuing_.start("asyncload-feed", options_.nice, [this](Feeding& feeding) { enqueue(feeding); });
+        awaiting_slots_.start("asyncload-slots", options_.nice, [this](Feeding& feeding) { await_slot(feeding); });
+        awaiting_copies_.start("asyncload-copy", options_.nice, [this](Feeding& feeding) { await_copies(feeding); });
+    } catch (...) {  // no thread is left for it
+        close();
+        throw;
+    }
 }
 
 LayerFeed::~LayerFeed() {

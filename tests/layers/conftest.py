@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,27 +11,14 @@ import anyio
 import pytest
 
 from asyncload.loader import Loader
-from asyncload.options import EngineOption, Options
 from asyncload.threads import run_in_thread
-from tests.layers.models import SMALL, Content, make_model
+from tests.layers.models import Content, make_model
+from tests.loader.conftest import engine, small
 from tests.loader.conftest import nothing_left as nothing_left_of_loads
 
-__all__ = ["nothing_left_of_loads"]
+__all__ = ["engine", "nothing_left_of_loads", "small"]
 
 _PATIENCE = 20.0  # seconds; it matters only where something hangs
-
-
-@pytest.fixture(params=["python", pytest.param("native", marks=pytest.mark.native)])
-def engine(request: pytest.FixtureRequest) -> EngineOption:
-    """Runs a test once on each engine."""
-    engine: EngineOption = request.param
-    return engine
-
-
-@pytest.fixture
-def small(engine: EngineOption) -> Options:
-    """Sizes at which a small model has many chunks."""
-    return replace(SMALL, engine=engine)
 
 
 @pytest.fixture(scope="session")
