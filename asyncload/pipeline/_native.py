@@ -18,7 +18,6 @@ from asyncload.errors import (
     DeviceError,
     PlanError,
     SourceChangedError,
-    SourceError,
     SourceReadError,
 )
 from asyncload.gguf import GGMLType
@@ -313,8 +312,8 @@ class NativeTransfer:
     def _describe(self, failure: Any) -> Exception:
         """What the other backend raises in such a case."""
         kinds, device = self._backend.module.FailureKind, self._backend.device.info.name
-        name, source = self._plan.tensors[failure.tensor].info.name, self._sources[failure.file]
-        error: SourceError | DeviceError
+        tensor, file = int(failure.tensor), int(failure.file)
+        name, source = self._plan.tensors[tensor].info.name, self._sources[file]
         if failure.kind == kinds.CHANGED:
             return SourceChangedError(failure.what, url=source.url)
         if failure.kind in (kinds.READ, kinds.ENDED):

@@ -29,6 +29,8 @@ class NativeFileSource:
     def __init__(self, path: str) -> None:
         opened: Any = import_module("asyncload_native").File.open
         self._path = path
+        self.file: Any
+        self.head: bytes
         with self._mapping_errors(opening=True):
             self.file, self.head = opened(path, _HEAD)
         self._identity: tuple[int, ...] = self.file.identity

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ async def test_a_closed_loader_leaves_no_thread(model_path: Path, small: Options
     async with Loader("host", options=small) as loader:
         (await loader.load(model_path)).close()
     assert [name for name in threads() if name.startswith(("asyncload-work", "asyncload-host"))] == []
+
+
+def _returning(value: object) -> Callable[..., object]:
+    def function(*_: object) -> object:
+        return value
+
+    return function
 
 
 class TestFailures:
@@ -92,8 +99,8 @@ class TestFailures:
         address = ctypes.cast(kernel, ctypes.c_void_p).value
         options = Options(engine="native", chunk_size=64 << 10, threads=2, decode=decode)
         async with Loader("host", options=options) as loader:
-            monkeypatch.setattr("asyncload.pipeline._native.kernel_address", lambda *_: address)
-            monkeypatch.setattr(HostDevice, "native_kernel", lambda *_: (address, 1))
+            monkeypatch.setattr("asyncload.pipeline._native.kernel_address", _returning(address))
+            monkeypatch.setattr(HostDevice, "native_kernel", _returning((address, 1)))
             async with nothing_left(loader):
                 with pytest.raises(DeviceError, match="decoding kernel failed") as caught:
                     await loader.load(model_path, dtype="bf16")

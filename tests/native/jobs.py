@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ PATIENCE = 60.0  # seconds, where waiting longer is a hang
 
 
 @contextmanager
-def open_engine(device: Device, *, threads: int = 2, buffers: int = 4, retries: int = 3) -> Iterator[Engine]:
+def open_engine(device: Device, *, threads: int = 2, buffers: int = 4, retries: int = 3) -> Generator[Engine]:
     """An engine with a ring of its own, closed at the end."""
     from asyncload_native import Engine
 
@@ -40,7 +40,7 @@ def open_engine(device: Device, *, threads: int = 2, buffers: int = 4, retries: 
 class Outcome:
     """What a job has told."""
 
-    landed: list[int] = field(default_factory=list)
+    landed: list[int] = field(default_factory=list[int])
     moved: int = 0
     polls: int = 0
     ended: bool = False

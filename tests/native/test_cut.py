@@ -49,9 +49,13 @@ def tensor_plans(draw: st.DrawFn) -> list[TensorPlan]:
 class Kernels(HostDevice):
     """A device with kernels that nobody calls."""
 
-    def native_kernel(self, *_: object) -> tuple[int, int]:
+    def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002, ARG002 - the protocol's
         """Of nothing."""
         return 1, 1
+
+
+def _first(*_: object) -> int:
+    return 1
 
 
 def rows(plan: LoadPlan, skip: set[int]) -> Any:
@@ -59,7 +63,7 @@ def rows(plan: LoadPlan, skip: set[int]) -> Any:
     backend: Any = SimpleNamespace(device=Kernels())
     transfer = NativeTransfer(backend, plan, [], Sink(), skip=skip)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("asyncload.pipeline._native.kernel_address", lambda *_: 1)
+        patch.setattr("asyncload.pipeline._native.kernel_address", _first)
         table = [transfer._row(index, tensor) for index, tensor in enumerate(plan.tensors)]
     return np.array(table, np.uint64).reshape(-1, 10)
 

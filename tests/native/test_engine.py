@@ -10,7 +10,7 @@ import random
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -303,7 +303,7 @@ class TestTheEnd:
 
 class TestTheInterpreterLock:
     @contextmanager
-    def spinning(self, count: int) -> Iterator[None]:
+    def spinning(self, count: int) -> Generator[None]:
         """Threads that want the lock all of the time."""
         done = threading.Event()
 
