@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,8 +61,9 @@ class _FailingFile(FileSource):
 
 def _failing_native_file(path: Path, faults: Mapping[int, int]) -> NativeFileSource:
     source = NativeFileSource(str(path))
+    file: Any = source.file
     for number, error_number in faults.items():
-        source.file.fail_read(number, error_number)
+        file.fail_read(number, error_number)
     return source
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ def _stub_library() -> StubCuda:
 @pytest.fixture
 def stub_cuda(_stub_library: StubCuda) -> Iterator[StubCuda]:
     """The stand-in driver, new; the test must not have violated anything at its end."""
+    gc.collect()  # a device that an earlier test's error still held
     _stub_library.reset()
     yield _stub_library
     _stub_library.hold(False)

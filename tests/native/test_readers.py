@@ -312,7 +312,10 @@ print(choice.reason)
 def test_a_process_that_may_not_use_io_uring_reads_otherwise(large: Path, call: int) -> None:
     leave_the_page_cache(large)
     code = REFUSE.replace("{number}", str(call)) + READ
-    result = subprocess.run([sys.executable, "-c", code, large], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, large], capture_output=True, text=True, check=True, env=environment
+    )
     why, total, choice = result.stdout.splitlines()
     assert why == "no io_uring: Operation not permitted"
     assert int(total) == ord("7") * CHUNK
