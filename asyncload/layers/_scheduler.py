@@ -100,12 +100,14 @@ class Scheduler:
                 break
             use.slot = slot
             self._last[slot] = use
-            group.start_soon(self._feed_use, use)
+            group.start_soon(self._feed_use, use, before)
 
-    async def _feed_use(self, use: Use) -> None:
+    async def _feed_use(self, use: Use, before: Use | None) -> None:
         assert use.slot is not None
         try:
             use.fed = await self._feed(use.layer, use.slot)
+            if before is not None:  # its copies have ended: if one failed, nobody is given more than the slots had
+                await before.arrived.wait()
         except Exception as error:  # noqa: BLE001 - the rides raise it
             self._fail(use.sweep, error)
         finally:

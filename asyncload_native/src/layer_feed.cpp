@@ -45,8 +45,15 @@ LayerFeed::~LayerFeed() {
 }
 
 std::uint64_t LayerFeed::feed(std::size_t layer, Address slot, std::vector<SharedEvent> after) {
-    enqueuing_.push({next_, layer, slot, std::move(after), {}, {}});
-    return next_++;
+    const auto last = last_.find(slot);
+    const auto before = last == last_.end() ? std::nullopt : std::optional(last->second);
+    const std::uint64_t number = last_[slot] = next_++;
+    {
+        const std::lock_guard lock(mutex_);
+        under_way_.insert(number);
+    }
+    enqueuing_.push({number, layer, slot, std::move(after), before, {}, {}});
+    return number;
 }
 
 void LayerFeed::enqueue(Feeding& feeding) {
@@ -112,6 +119,10 @@ void LayerFeed::await_slot(Feeding& feeding) {
         await(feeding.after);
     } catch (const DeviceError&) {  // the work's, whose own stream reports it
     }
+    if (feeding.before) {
+        std::unique_lock lock(mutex_);
+        told_.wait(lock, [&] { return !under_way_.contains(*feeding.before); });
+    }
     note(Span::What::await_slot, feeding, begin);
     tell({feeding.number, false, std::nullopt, {}, feeding.begun, feeding.arrived}, !options_.each_arrival);
     awaiting_copies_.push(std::move(feeding));
@@ -134,10 +145,12 @@ void LayerFeed::await_copies(Feeding& feeding) {
 
 void LayerFeed::tell(News news, bool wakes) {
     const std::lock_guard lock(mutex_);
+    if (news.has_arrived || news.failure) under_way_.erase(news.number);
     news_.push_back(std::move(news));
-    if (!wakes) return;
-    due_ = true;
-    signal_.set();
+    if (wakes) {
+        due_ = true;
+        signal_.set();
+    }
     told_.notify_all();
 }
 

@@ -12,6 +12,8 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "device.h"
@@ -48,8 +50,9 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
         int nice;
     };
 
-    // What has come of a feeding, told twice unless it failed: first as enqueued, once what its events were recorded
-    // behind has ended, with one event for each stream before its copies and one behind them; then as arrived.
+    // What has come of a feeding, told twice unless it failed: first as enqueued, with one event for each stream before
+    // its copies and one behind them, once what it comes behind has ended and the arrival of the slot's layer before has
+    // been told; then as arrived.
     struct News {
         std::uint64_t number;
         bool has_arrived;
@@ -99,6 +102,7 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
         std::size_t layer;
         Address slot;
         std::vector<SharedEvent> after;
+        std::optional<std::uint64_t> before;  // which had the slot
         std::vector<SharedEvent> begun;
         std::vector<SharedEvent> arrived;
     };
@@ -138,9 +142,11 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     const std::vector<Layer> layers_;
     const Options options_;
     std::vector<std::unique_ptr<Stream>> streams_;
-    std::uint64_t next_ = 0;  // the caller's thread's
-    std::mutex mutex_;        // over the next five
+    std::uint64_t next_ = 0;                           // the caller's thread's, as is the next
+    std::unordered_map<Address, std::uint64_t> last_;  // feeding, by slot
+    std::mutex mutex_;                                 // over the next six
     std::condition_variable told_;
+    std::unordered_set<std::uint64_t> under_way_;  // that are to be told of as arrived
     std::vector<News> news_;
     bool due_ = false;  // somebody waits for some of it
     std::deque<Span> spans_;

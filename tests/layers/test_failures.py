@@ -10,31 +10,37 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from asyncload.device import HostDevice, Stream
 from asyncload.errors import ClosedError, CopyError, StalledError
 from asyncload.layers import Fed, Layer, Slot
 from asyncload.loader import LayerRide, LayerStream, Loader
 from asyncload.memory import Purpose
+from asyncload.options import EngineOption, Options
 from asyncload.plan import LayerPlan
-from asyncload.testing import RaceDevice
+from asyncload.testing import NativeRaceDevice, RaceDevice
 from asyncload.threads import run_in_thread
-from tests.layers.models import SMALL, Content, finish, layers_only, open_stream
+from tests.layers.models import Content, finish, layers_only, open_stream
 
 pytestmark = pytest.mark.anyio
 Six = tuple[Path, Content]
 PATIENCE = 20.0  # seconds; it matters only where something hangs
-IMPATIENT = replace(SMALL, stall_limit=0.05)
 COPIES = 7  # of a stream whose layers are copied as they are: what stays, and six layers
 packed = {"dtype": "packed", "host": "slabs"}
+in_python = pytest.mark.parametrize("engine", ["python"])  # whose copies can be caught
 
 
 class Gpu:
-    """A host device that stands for a GPU, whose copies can be caught as they are enqueued; and a consumer on it."""
+    """A host device that stands for a GPU, and a consumer on it; Python's copies can be caught as they are enqueued."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: EngineOption) -> None:
         self.host = HostDevice(poison=True)
-        self.device = RaceDevice(self.host, before_copy=self._count)
+        self.device: RaceDevice
+        if engine == "native":
+            self.device = NativeRaceDevice(self.host)
+        else:
+            self.device = RaceDevice(self.host, before_copy=self._count)
         self.copies = 0
         self.catch: dict[int, Callable[[Any], object]] = {}  # by the number of the copy, from 1 on
         self.stream = self.host.stream()
@@ -46,7 +52,10 @@ class Gpu:
             self.catch[self.copies](stream)
 
     def fail(self, copy: int, **how: Any) -> None:
-        self.catch[copy] = lambda _: self.host.fail_upload(1, **how)
+        if isinstance(self.device, NativeRaceDevice):
+            self.host.fail_upload(copy, **how)
+        else:
+            self.catch[copy] = lambda _: self.host.fail_upload(1, **how)
 
     def read(self, name: str, address: int, nbytes: int) -> None:
         """Enqueues it."""
@@ -70,8 +79,8 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu() -> Gpu:
-    return Gpu()
+def gpu(engine: EngineOption) -> Gpu:
+    return Gpu(engine)
 
 
 @pytest.fixture(scope="session")
@@ -90,11 +99,19 @@ def content(six_layers: Six) -> Content:
 @pytest.mark.parametrize("slots", [1, 2, 6])
 @pytest.mark.parametrize("failing", [0, 3, 5])
 async def test_a_copy_that_fails_on_its_way_reaches_all_rides_within_the_sweep(
-    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, *, failing: int, slots: int, count: int
+    six_layers: Six,
+    content: Content,
+    nothing_left: Any,
+    gpu: Gpu,
+    small: Options,
+    *,
+    failing: int,
+    slots: int,
+    count: int,
 ) -> None:
     gpu.fail(2 + failing)
     async with (
-        Loader(gpu.device, options=SMALL) as loader,
+        Loader(gpu.device, options=small) as loader,
         nothing_left(loader),
         open_stream(loader, six_layers[0], slots=slots, **packed) as layers,
     ):
@@ -118,11 +135,14 @@ async def test_a_copy_that_fails_on_its_way_reaches_all_rides_within_the_sweep(
                 assert await gpu.sweep(rides[0]) == content
 
 
-async def test_a_sweep_does_not_end_before_its_last_copy(six_layers: Six, content: Content, gpu: Gpu) -> None:
+@in_python
+async def test_a_sweep_does_not_end_before_its_last_copy(
+    six_layers: Six, content: Content, gpu: Gpu, small: Options
+) -> None:
     holds: list[Any] = []
     gpu.catch[COPIES] = lambda stream: holds.append(stream.hold())
     async with (
-        Loader(gpu.device, options=SMALL) as loader,
+        Loader(gpu.device, options=small) as loader,
         open_stream(loader, six_layers[0], slots=6, **packed) as layers,
     ):
         ride = layers.join()
@@ -143,8 +163,9 @@ async def test_a_sweep_does_not_end_before_its_last_copy(six_layers: Six, conten
             assert await gpu.sweep(ride) == content
 
 
+@in_python
 async def test_a_copy_that_failed_is_told_before_a_layer_that_stays(
-    six_layers: Six, content: Content, gpu: Gpu
+    six_layers: Six, content: Content, gpu: Gpu, small: Options
 ) -> None:
     holds: list[Any] = []
 
@@ -152,7 +173,7 @@ async def test_a_copy_that_failed_is_told_before_a_layer_that_stays(
         holds.append(stream.hold())
         gpu.host.fail_upload(1)
 
-    async with Loader(gpu.device, options=SMALL) as loader:
+    async with Loader(gpu.device, options=small) as loader:
         async with open_stream(loader, six_layers[0], **packed) as layers:
             room = max(layer.nbytes for layer in layers.plan.layers.values())
             free = layers.plan.total + room
@@ -184,9 +205,10 @@ async def test_a_copy_that_failed_is_told_before_a_layer_that_stays(
                 assert await gpu.sweep(ride) == content
 
 
+@in_python
 @pytest.mark.parametrize("refused", [False, True])
 async def test_an_error_that_lasts_is_raised_in_each_sweep_and_nothing_hangs_or_stays(
-    six_layers: Six, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, *, refused: bool
+    six_layers: Six, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, small: Options, *, refused: bool
 ) -> None:
     made: list[Any] = []
     staging = gpu.device.staging
@@ -199,7 +221,7 @@ async def test_an_error_that_lasts_is_raised_in_each_sweep_and_nothing_hangs_or_
     gpu.fail(5, refused=refused, lasting=True)
     with anyio.fail_after(PATIENCE), pytest.raises(CopyError):
         async with (
-            Loader(gpu.device, options=SMALL) as loader,
+            Loader(gpu.device, options=small) as loader,
             open_stream(loader, six_layers[0], **packed) as layers,
         ):
             ride = layers.join()
@@ -216,10 +238,10 @@ async def test_an_error_that_lasts_is_raised_in_each_sweep_and_nothing_hangs_or_
 
 @pytest.mark.parametrize("where", ["between", "with a layer", "inside"])
 async def test_a_ride_that_idles_alone_is_left_behind_for_those_that_wait(
-    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, where: str
+    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, small: Options, *, where: str
 ) -> None:
     async with (
-        Loader(gpu.device, options=IMPATIENT) as loader,
+        Loader(gpu.device, options=replace(small, stall_limit=0.05)) as loader,
         nothing_left(loader),
         open_stream(loader, six_layers[0], **packed) as layers,
     ):
@@ -278,7 +300,7 @@ def first(content: Content) -> Content:
 
 @pytest.mark.parametrize("allow", ["full", "stream"])
 async def test_closing_waits_for_the_blocks_of_other_tasks(
-    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, allow: str
+    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, small: Options, *, allow: str
 ) -> None:
     user = User(gpu)
 
@@ -286,7 +308,7 @@ async def test_closing_waits_for_the_blocks_of_other_tasks(
         await anyio.wait_all_tasks_blocked()
         user.go_on.set()
 
-    async with Loader(gpu.device, options=SMALL) as loader, nothing_left(loader):
+    async with Loader(gpu.device, options=small) as loader, nothing_left(loader):
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as group:
                 async with open_stream(loader, six_layers[0], allow=[allow], **packed) as layers:
@@ -301,10 +323,10 @@ async def test_closing_waits_for_the_blocks_of_other_tasks(
 @pytest.mark.parametrize("cancelled", [False, True])
 @pytest.mark.parametrize("allow", ["full", "stream"])
 async def test_what_a_block_uses_outlives_the_stream(
-    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, allow: str, *, cancelled: bool
+    six_layers: Six, content: Content, nothing_left: Any, gpu: Gpu, small: Options, *, allow: str, cancelled: bool
 ) -> None:
     """Where the block takes too long, and where whoever closes is cancelled."""
-    options = replace(SMALL, stall_limit=PATIENCE) if cancelled else IMPATIENT
+    options = replace(small, stall_limit=PATIENCE) if cancelled else replace(small, stall_limit=0.05)
     user = User(gpu)
     async with Loader(gpu.device, options=options) as loader, nothing_left(loader):
         async with anyio.create_task_group() as group:
@@ -327,3 +349,30 @@ async def test_what_a_block_uses_outlives_the_stream(
         await run_in_thread(loader.tracker.flush)
         assert loader.tracker.total == 0
     assert gpu.seen == first(content)
+
+
+@pytest.mark.parametrize("host", ["slabs", "file"])
+async def test_who_asks_what_a_pass_took_while_the_stream_is_closed_is_answered(
+    six_layers: Six, nothing_left: Any, gpu: Gpu, small: Options, host: str
+) -> None:
+    async with Loader(gpu.device, options=small) as loader, nothing_left(loader):
+        answers: list[str] = []
+
+        async def ask(layers: LayerStream) -> None:
+            try:
+                answers.append(f"{len((await layers.last_pass()).layers)} layers")
+            except ClosedError:
+                answers.append("closed")
+
+        with anyio.fail_after(PATIENCE):
+            async with (
+                anyio.create_task_group() as group,
+                open_stream(loader, six_layers[0], host=host) as layers,
+            ):
+                await gpu.sweep(layers)
+                for _ in range(3):
+                    group.start_soon(ask, layers)
+                await checkpoint()
+                group.start_soon(ask, layers)
+        assert set(answers) <= {"6 layers", "closed"}
+        assert len(answers) == 4

@@ -113,6 +113,18 @@ def test_copies_wait_on_the_device_for_what_had_the_slot_and_then_the_layer_is_t
         assert work.done()
 
 
+def test_a_layer_is_told_of_when_the_arrival_of_the_one_before_in_its_slot_has_been() -> None:
+    bench = Bench()
+    slots = [np.zeros(NBYTES, np.uint8) for _ in range(2)]
+    with bench.feed() as feed:
+        for number in range(30):
+            feed.feed(number % 3, slots[number % 2].ctypes.data, [])
+        told = [(news.number, news.has_arrived) for news in hear_all(feed, 60)]
+    assert sorted(told) == [(number, arrived) for number in range(30) for arrived in (False, True)]
+    for number in range(28):
+        assert told.index((number, True)) < told.index((number + 2, False))
+
+
 def test_a_copy_that_fails_is_told_of_and_those_after_it_come() -> None:
     bench, slot = Bench(), np.zeros(NBYTES, np.uint8)
     with bench.feed() as feed:
