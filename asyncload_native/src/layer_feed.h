@@ -51,8 +51,8 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     };
 
     // What has come of a feeding, told twice unless it failed: first as enqueued, with one event for each stream before
-    // its copies and one behind them, once what it comes behind has ended and the arrival of the slot's layer before has
-    // been told; then as arrived.
+    // its copies and one behind them, once what it comes behind has ended and the arrival of the slot's layer before
+    // has been told; then as arrived.
     struct News {
         std::uint64_t number;
         bool has_arrived;
