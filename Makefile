@@ -8,6 +8,8 @@ NATIVE := build/native
 CONFIGURE = $(BIN)/cmake --log-level=WARNING -S asyncload_native -G Ninja \
 	-D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -D Python_EXECUTABLE=$(abspath $(BIN)/python) \
 	-D CMAKE_COMPILE_WARNING_AS_ERROR=ON -D ASYNCLOAD_TESTS=ON
+# Tests run in as many processes as there are cores; what one takes away from the tests of the others, they cannot see.
+PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 # What runs under the sanitizers: what moves bytes by the C++ engine, on one event loop.
 SANITIZED := tests/native tests/loader tests/layers/test_races.py tests/layers/test_failures.py \
 	-k 'not uvloop and not trio and not python'
@@ -39,7 +41,7 @@ demo: native ## fetch a real model, load it, check its values
 	$(BIN)/python -m bench.demo
 
 test: native ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-sanitize: test-sanitize-thread test-sanitize-address ## the C++ engine under ThreadSanitizer and AddressSanitizer
 
@@ -48,7 +50,7 @@ test-sanitize-%: native
 	$(BIN)/cmake --build build/$*
 	$(BIN)/cmake --install build/$* --prefix build/$*/install >/dev/null
 	cp asyncload_native/*.py build/$*/install/asyncload_native/
-	$(BIN)/python -m tests.native.sanitize $* build/$* -q $(SANITIZED)
+	$(BIN)/python -m tests.native.sanitize $* build/$* -q $(PARALLEL) $(SANITIZED)
 
 sanitize: $(READY) ## the CUDA kernels under compute-sanitizer: needs a GPU and the CUDA toolkit
 	for tool in memcheck initcheck synccheck racecheck; do \

@@ -266,6 +266,11 @@ class Job:
     def times(self) -> Times:
         """Where its time went, until now."""
 
+    def take_spans(self) -> list[tuple[str, int, int, float, float]]:
+        """
+        What threads did since it was last asked, if it is timed; the subject is the first of a chunk's tensors.
+        """
+
 def cut(tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int) -> list[tuple[int, int, int, int, list[tuple[int, int, int, int, int, int, int]]]]:
     """
     The chunks of a job: group, file, offset and bytes, and of each tensor's share: the tensor, the offset and
@@ -417,10 +422,9 @@ class LayerFeed:
     def poll(self) -> list[FeedNews]:
         """What has come since it was last asked."""
 
-    def take_spans(self) -> list[tuple[int, int, float, float]]:
+    def take_spans(self) -> list[tuple[str, int, int, float, float]]:
         """
-        What threads did since it was last asked, if that is noted: 0 enqueued, 1 waited for the slot, 2 for the
-        copies; for which layer; from when to when, in seconds of the host's clock.
+        What threads did since it was last asked, if that is noted; the subject is the layer.
         """
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from blockbuster import blockbuster_ctx
@@ -123,11 +124,11 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
 }
 # With this variable at 1, what is missing is a failure.
 _REQUIRED = {"gpu": "ASYNCLOAD_REQUIRE_GPU", "native": "ASYNCLOAD_REQUIRE_NATIVE"}
-_not_run: dict[str, list[str]] = {}
+_SKIPPED: Final = re.compile(r"needs (\w+): (.*)", re.DOTALL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test whose need this machine misses, and keeps count; fails it where the need is required."""
+    """Skips a test whose need this machine misses; fails it where the need is required."""
     for need, missing in _NEEDS.items():
         if item.get_closest_marker(need) is None:
             continue
@@ -135,13 +136,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             continue
         if os.environ.get(variable := _REQUIRED.get(need, "")) == "1":
             pytest.fail(f"{variable}=1, but: {reason}", pytrace=False)
-        _not_run.setdefault(need, []).append(reason)
         pytest.skip(f"needs {need}: {reason}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says loudly what did not run: silence is not success."""
-    for need, reasons in _not_run.items():
+    """Says loudly what did not run, in whichever process: silence is not success."""
+    not_run: dict[str, list[str]] = {}
+    for report in terminalreporter.getreports("skipped"):
+        message = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        if found := _SKIPPED.fullmatch(message.removeprefix("Skipped: ")):
+            not_run.setdefault(found[1], []).append(found[2])
+    for need, reasons in not_run.items():
         terminalreporter.write_sep("=", f"{need.upper()}: {len(reasons)} tests did NOT run", red=True, bold=True)
         for reason in sorted(set(reasons)):
             terminalreporter.write_line(f"{need.upper()}: {reason}", red=True)

@@ -24,7 +24,11 @@ __all__ = ["NativeSlabFeed"]
 
 _STREAMS: Final = 2  # one copies while the other decodes
 # What ``asyncload_native.LayerFeed`` notes of its threads: their names, and what they do for a layer.
-_SPANS: Final = (("feed", "enqueue layer"), ("slots", "wait for the slot of layer"), ("copy", "wait for layer"))
+_SPANS: Final = {  # of the C++ threads, each of which does one thing
+    "enqueue": ("feed", "enqueue layer"),
+    "await_slot": ("slots", "wait for the slot of layer"),
+    "await_copies": ("copy", "wait for layer"),
+}
 
 
 @dataclass(slots=True)
@@ -188,8 +192,8 @@ class NativeSlabFeed:
 
     def take_spans(self) -> Iterator[ThreadSpan]:
         """What the C++ threads did since they were last asked, if that is noted."""
-        spans: list[tuple[int, int, float, float]] = self._feed.take_spans()
-        for what, index, begin, end in spans:
+        spans: list[tuple[str, int, int, float, float]] = self._feed.take_spans()
+        for what, _, index, begin, end in spans:
             thread, did = _SPANS[what]
             yield ThreadSpan(f"asyncload-{thread}", f"{did} {self._layers[index].number}", begin, end)
 

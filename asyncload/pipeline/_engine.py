@@ -27,7 +27,7 @@ _CALLERS = 2
 class Engine:
     """The threads, streams and memory of a loader over one device, which it closes too; opening it blocks.
 
-    ``options`` are those of the backend that moves what it can, ``spans`` what the threads of the one in Python do.
+    ``options`` are those of the backend that moves what it can, ``spans`` what its threads do.
     Whatever is opened is closed again when a later step of the opening fails. Raises ``BackendUnavailableError`` if the
     native engine is asked for and is not there.
     """
@@ -53,7 +53,7 @@ class Engine:
         if self._asked.engine == "python":
             return None
         try:
-            native = NativeBackend(self.device, self.tracker, self._asked)
+            native = NativeBackend(self.device, self.tracker, self.spans, self._asked)
         except BackendUnavailableError:
             if self._asked.engine == "native":
                 raise

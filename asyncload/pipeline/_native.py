@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -24,6 +24,7 @@ from asyncload.gguf import GGMLType
 from asyncload.memory import Scratch, VramTracker
 from asyncload.options import Options
 from asyncload.pipeline._backend import Sink
+from asyncload.pipeline._spans import ThreadSpan, ThreadSpans
 from asyncload.pipeline._stats import LoadStats, load_stats, stage_workers
 from asyncload.plan import Decode, LoadPlan, TensorPlan
 from asyncload.quant import DType, kernel_address
@@ -32,6 +33,7 @@ from asyncload.source import NativeFileSource, Source
 __all__ = ["NativeBackend", "NativeDevice"]
 
 _PLACES: Final = {Decode.NONE: 0, Decode.HOST: 1, Decode.DEVICE: 2}
+_SPANS: Final = {"read": "read", "decode": "decode", "enqueue": "enqueue", "await_copies": "wait for"}
 
 
 @runtime_checkable
@@ -61,7 +63,7 @@ class NativeBackend:
     Raises ``BackendUnavailableError`` where the extension was not built, or cannot use the device.
     """
 
-    def __init__(self, device: Device, tracker: VramTracker, options: Options) -> None:
+    def __init__(self, device: Device, tracker: VramTracker, spans: ThreadSpans, options: Options) -> None:
         try:
             self.module: Any = import_module("asyncload_native")
         except ImportError as error:
@@ -73,6 +75,7 @@ class NativeBackend:
                 f"the native engine cannot use {type(device).__name__}", device=device.info.name
             )
         self.device = device
+        self.spans = spans
         self.options = options = replace(options, engine="native").suited_to(device.info.kind)
         self.scratch = Scratch(tracker, options.chunk_size, options.streams)
         with ExitStack() as stack:
@@ -158,6 +161,13 @@ class NativeTransfer:
         """By stream, the events before and behind each chunk's copies and kernels, if it is timed."""
         take = self._backend.device.from_native
         return [[(take(begun), take(arrived)) for begun, arrived in copies] for copies in self._job.copies()]
+
+    def _spans(self) -> Iterator[ThreadSpan]:
+        """What the engine's threads did, under the names that the other backend's threads give to it."""
+        spans: list[tuple[str, int, int, float, float]] = self._job.take_spans()
+        for what, thread, tensor, begin, end in spans:
+            name = self._plan.tensors[tensor].info.name
+            yield ThreadSpan(f"asyncload-worker_{thread}", f"{_SPANS[what]} {name}", begin, end)
 
     async def run(self) -> None:
         """Moves everything."""
@@ -284,6 +294,8 @@ class NativeTransfer:
             await self._give_up()
         finally:
             if self._job is not None:
+                if self._timed and self._backend.spans.watched:
+                    self._backend.spans.add(self._spans())
                 self._job.close()
             if self._scratch:
                 self._scratch = ()

@@ -33,6 +33,11 @@ class ThreadSpans:
         self._watching = 0
         self._kept: deque[ThreadSpan] = deque(maxlen=_MOST)
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody watches."""
+        return self._watching > 0
+
     @contextmanager
     def watch(self) -> Generator[None]:
         """Has spans kept during the block."""
@@ -49,7 +54,7 @@ class ThreadSpans:
     @contextmanager
     def span(self, what: str) -> Generator[None]:
         """The block is something that the calling thread does."""
-        if not self._watching:
+        if not self.watched:
             yield
             return
         begin = time.perf_counter()

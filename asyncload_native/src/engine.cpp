@@ -11,7 +11,7 @@ namespace asyncload {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using Clock = Spans::Clock;
 
 constexpr std::byte poison{0xA5};
 
@@ -140,6 +140,7 @@ class Engine::Worker {
             }
             if (!engine_.pause(job, std::ldexp(engine_.options_.retry_delay, static_cast<int>(attempt)))) return false;
         }
+        job.spans_.note(Span::What::read, index_, job.cut_.segments[chunk.first_segment].tensor, begin);
         const std::lock_guard lock(job.mutex_);
         job.times_.read += since(begin);
         job.times_.read_nbytes += chunk.nbytes;
@@ -148,18 +149,20 @@ class Engine::Worker {
 
     // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
     // a kernel fails.
-    static bool decode(const Lane& lane, Job& job, std::span<const Segment> segments, bool in_place) {
+    bool decode(const Lane& lane, Job& job, std::span<const Segment> segments, bool in_place) {
         const auto begin = Clock::now();
         std::uint64_t nbytes = 0;
         for (const Segment& segment : segments) {
             const TensorWork& tensor = job.tensors_[segment.tensor];
             if (tensor.decode != Decode::host || segment.target_nbytes == 0) continue;
+            const auto first = Clock::now();
             const auto function = reinterpret_cast<HostKernel>(tensor.kernel.handle);
             std::byte* const target = in_place ? pointer(job.targets_[segment.tensor] + segment.target_offset)
                                                : &lane.buffer[segment.upload_offset];
             if (function(address(&lane.buffer[segment.source_offset]), address(target),
                          static_cast<std::intptr_t>(segment.source_nbytes / tensor.block_nbytes)) != 1)
                 return false;
+            job.spans_.note(Span::What::decode, index_, segment.tensor, first);
             nbytes += segment.target_nbytes;
         }
         if (nbytes == 0) return true;
@@ -197,22 +200,26 @@ class Engine::Worker {
             }
             flight.nbytes += segment.upload_nbytes;
         }
+        job.spans_.note(Span::What::enqueue, index_, segments.front().tensor, flight.begin);
     }
 
     // Waits for a lane's work, and reports it.
     void land(Lane& lane) {
         Flight flight = std::move(*lane.flight);
         lane.flight.reset();
+        Job& job = *flight.task.job;
+        const auto tensor = job.cut_.segments[flight.task.chunk->first_segment].tensor;
+        const auto begin = Clock::now();
         try {
             flight.event->synchronize();
         } catch (const DeviceError& error) {
-            const auto tensor = flight.task.job->cut_.segments[flight.task.chunk->first_segment].tensor;
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
             stream_->drain();
         }
+        job.spans_.note(Span::What::await_copies, index_, tensor, begin);
         if (flight.begun) {
-            const std::lock_guard lock(flight.task.job->mutex_);
-            flight.task.job->copies_[index_].emplace_back(flight.begun, flight.event);
+            const std::lock_guard lock(job.mutex_);
+            job.copies_[index_].emplace_back(flight.begun, flight.event);
         }
         if (device_.poisons()) std::ranges::fill(lane.buffer, poison);
         land(std::move(flight));

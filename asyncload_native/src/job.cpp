@@ -14,7 +14,8 @@ Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork>
       to_host_(to_host),
       timed_(timed),
       groups_(tensors_.size()),
-      targets_(tensors_.size()) {
+      targets_(tensors_.size()),
+      spans_(timed) {
     for (const Chunk& chunk : cut_.chunks)
         for (std::uint32_t at = 0; at < chunk.n_segments; ++at)
             groups_[cut_.segments[chunk.first_segment + at].tensor] = chunk.group;

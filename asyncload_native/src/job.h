@@ -15,6 +15,7 @@
 #include "file.h"
 #include "reader_choice.h"
 #include "signal.h"
+#include "spans.h"
 
 namespace asyncload {
 
@@ -57,7 +58,7 @@ class Job : public std::enable_shared_from_this<Job> {
 
     // Cuts the tensors into chunks; throws as `cut` does, and `std::system_error` where there is no descriptor left.
     // `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded around the
-    // copies of each chunk.
+    // copies of each chunk, and what the threads do is noted.
     Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
         Wake wake, bool to_host, bool timed);
     Job(const Job&) = delete;
@@ -74,6 +75,8 @@ class Job : public std::enable_shared_from_this<Job> {
     // Closes the descriptor; for who has heard of the end.
     void close();
     Times times() const;
+    // What the threads did, by the first of a chunk's tensors, if it is timed.
+    Spans& spans() noexcept { return spans_; }
     // By the engine's thread, the events before and behind each chunk's copies and kernels, where they are timed.
     using Copies = std::vector<std::vector<std::pair<std::shared_ptr<Event>, std::shared_ptr<Event>>>>;
     Copies copies() const;
@@ -108,6 +111,8 @@ class Job : public std::enable_shared_from_this<Job> {
     std::uint32_t admitted_ = 0;   // groups
     std::uint32_t under_way_ = 0;  // chunks
     std::atomic<bool> stopped_ = false;
+
+    Spans spans_;
 
     mutable std::mutex mutex_;            // over the rest; never held while another is taken
     std::vector<std::uint64_t> missing_;  // bytes, by tensor

@@ -9,8 +9,6 @@ namespace asyncload {
 
 namespace {
 
-constexpr std::size_t most_spans = 1 << 16;  // that are kept: asyncload/pipeline/_spans.py keeps no more
-
 // Sleeps until all of some events have passed; throws the first error of work before one.
 void await(const std::vector<SharedEvent>& events) {
     std::optional<DeviceError> failure;
@@ -27,7 +25,7 @@ void await(const std::vector<SharedEvent>& events) {
 }  // namespace
 
 LayerFeed::LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, Options options)
-    : device_(std::move(device)), layers_(std::move(layers)), options_(std::move(options)) {
+    : device_(std::move(device)), layers_(std::move(layers)), options_(std::move(options)), spans_(options_.trace) {
     device_->attach();
     for (std::uint32_t index = 0; index < options_.streams; ++index) streams_.push_back(device_->open_stream());
     try {
@@ -65,7 +63,7 @@ void LayerFeed::enqueue(Feeding& feeding) {
     } catch (const DeviceError& error) {
         failure = error;
     }
-    note(Span::What::enqueue, feeding, begin);
+    spans_.note(Span::What::enqueue, 0, feeding.layer, begin);
     if (failure)
         tell({feeding.number, false, failure->what(), failure->name(), feeding.begun, feeding.arrived}, true);
     else
@@ -123,7 +121,7 @@ void LayerFeed::await_slot(Feeding& feeding) {
         std::unique_lock lock(mutex_);
         told_.wait(lock, [&] { return !under_way_.contains(*feeding.before); });
     }
-    note(Span::What::await_slot, feeding, begin);
+    spans_.note(Span::What::await_slot, 0, feeding.layer, begin);
     tell({feeding.number, false, std::nullopt, {}, feeding.begun, feeding.arrived}, !options_.each_arrival);
     awaiting_copies_.push(std::move(feeding));
 }
@@ -138,7 +136,7 @@ void LayerFeed::await_copies(Feeding& feeding) {
         news.failure = error.what();
         news.code = error.name();
     }
-    note(Span::What::await_copies, feeding, begin);
+    spans_.note(Span::What::await_copies, 0, feeding.layer, begin);
     const bool wakes = news.failure || options_.each_arrival || feeding.layer + 1 == layers_.size();
     tell(std::move(news), wakes);
 }
@@ -169,22 +167,6 @@ std::vector<LayerFeed::News> LayerFeed::take_news() {
     due_ = false;
     signal_.clear();
     return std::exchange(news_, {});
-}
-
-void LayerFeed::note(Span::What what, const Feeding& feeding, Clock::time_point begin) {
-    if (!options_.trace) return;
-    const auto seconds = [](Clock::time_point moment) {
-        return std::chrono::duration<double>(moment.time_since_epoch()).count();
-    };
-    const std::lock_guard lock(mutex_);
-    spans_.push_back({what, feeding.layer, seconds(begin), seconds(Clock::now())});
-    if (spans_.size() > most_spans) spans_.pop_front();
-}
-
-std::vector<LayerFeed::Span> LayerFeed::take_spans() {
-    const std::lock_guard lock(mutex_);
-    const auto spans = std::exchange(spans_, {});
-    return {spans.begin(), spans.end()};
 }
 
 std::vector<std::uint64_t> LayerFeed::streams() const {

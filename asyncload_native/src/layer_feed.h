@@ -1,7 +1,6 @@
 // Layers out of host memory into slots, enqueued by a thread of their own as fast as they are asked for.
 #pragma once
 
-#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +17,7 @@
 
 #include "device.h"
 #include "signal.h"
+#include "spans.h"
 
 namespace asyncload {
 
@@ -62,15 +62,6 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
         std::vector<SharedEvent> arrived;
     };
 
-    // What a thread did for a layer, by its index; in seconds of the steady clock.
-    struct Span {
-        enum class What : std::uint8_t { enqueue, await_slot, await_copies };
-        What what;
-        std::size_t layer;
-        double begin;
-        double end;
-    };
-
     LayerFeed(std::shared_ptr<Device> device, std::vector<Layer> layers, Options options);
     ~LayerFeed();
     LayerFeed(const LayerFeed&) = delete;
@@ -87,15 +78,15 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     // The same, once something is to be told; for who has no event loop.
     std::vector<News> wait();
     std::size_t layers() const noexcept { return layers_.size(); }
-    // The spans since it was last asked, the last ones of very many, in the order of their ends.
-    std::vector<Span> take_spans();
+    // What the threads did for layers, if that is noted.
+    Spans& spans() noexcept { return spans_; }
     // What other libraries know the streams by.
     std::vector<std::uint64_t> streams() const;
     // Does what it was asked to, waits for the device, and ends the threads.
     void close();
 
   private:
-    using Clock = std::chrono::steady_clock;
+    using Clock = Spans::Clock;
 
     struct Feeding {
         std::uint64_t number;
@@ -136,7 +127,6 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     void copy(const Layer& layer, Address slot);
     void tell(News news, bool wakes);
     std::vector<News> take_news();  // under the lock
-    void note(Span::What what, const Feeding& feeding, Clock::time_point begin);
 
     const std::shared_ptr<Device> device_;
     const std::vector<Layer> layers_;
@@ -144,13 +134,13 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     std::vector<std::unique_ptr<Stream>> streams_;
     std::uint64_t next_ = 0;                           // the caller's thread's, as is the next
     std::unordered_map<Address, std::uint64_t> last_;  // feeding, by slot
-    std::mutex mutex_;                                 // over the next six
+    std::mutex mutex_;                                 // over the next five
     std::condition_variable told_;
     std::unordered_set<std::uint64_t> under_way_;  // that are to be told of as arrived
     std::vector<News> news_;
     bool due_ = false;  // somebody waits for some of it
-    std::deque<Span> spans_;
     Signal signal_;
+    Spans spans_;
     Worker enqueuing_;
     Worker awaiting_slots_;
     Worker awaiting_copies_;

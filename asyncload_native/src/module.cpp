@@ -184,6 +184,17 @@ void bind_devices(nb::module_& module) {
              "How many pieces of work that were enqueued and have not ended read or write some memory.");
 }
 
+// A span as Python has it: what, by its name; the thread's index; the subject's; begin and end, in seconds.
+using SpanRow = std::tuple<std::string, std::uint32_t, std::size_t, double, double>;
+
+std::vector<SpanRow> take(Spans& spans) {
+    constexpr const char* names[] = {"read", "decode", "enqueue", "await_copies", "await_slot"};
+    std::vector<SpanRow> rows;
+    for (const auto& [what, thread, subject, begin, end] : spans.take())
+        rows.emplace_back(names[static_cast<std::size_t>(what)], thread, subject, begin, end);
+    return rows;
+}
+
 void bind_job(nb::module_& module) {
     nb::class_<File>(module, "File", "A file held open.")
         .def_static("share", &File::share, "path"_a, "descriptor"_a, "By a descriptor of its own, or raises ReadError.")
@@ -273,7 +284,10 @@ void bind_job(nb::module_& module) {
         .def("close", &Job::close, "Closes the descriptor; for who has heard of the end.")
         .def_prop_ro("reading", &Job::reading, "How its files are read, and why.")
         .def("copies", &Job::copies, "By thread, events before and behind the copies of each chunk, if it is timed.")
-        .def("times", &Job::times, "Where its time went, until now.");
+        .def("times", &Job::times, "Where its time went, until now.")
+        .def(
+            "take_spans", [](Job& job) { return take(job.spans()); },
+            "What threads did since it was last asked, if it is timed; the subject is the first of a chunk's tensors.");
 }
 
 using SegmentRow =
@@ -406,15 +420,8 @@ void bind_layer_feed(nb::module_& module) {
         .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is to be told.")
         .def("poll", &LayerFeed::poll, "What has come since it was last asked.")
         .def(
-            "take_spans",
-            [](LayerFeed& feed) {
-                std::vector<std::tuple<int, std::size_t, double, double>> spans;
-                for (const auto& [what, layer, begin, end] : feed.take_spans())
-                    spans.emplace_back(static_cast<int>(what), layer, begin, end);
-                return spans;
-            },
-            "What threads did since it was last asked, if that is noted: 0 enqueued, 1 waited for the slot, 2 for the\n"
-            "copies; for which layer; from when to when, in seconds of the host's clock.")
+            "take_spans", [](LayerFeed& feed) { return take(feed.spans()); },
+            "What threads did since it was last asked, if that is noted; the subject is the layer.")
         .def_prop_ro("streams", &LayerFeed::streams, "What other libraries know the streams by; 0 on the host.")
         .def("close", &LayerFeed::close, Unlocked(), "Waits for what is under way, and ends threads and streams.");
     module.def(

@@ -528,7 +528,9 @@ async def test_what_threads_did_is_told_if_it_was_to_be_noted(
                             ("asyncload-slots", f"wait for the slot of layer {number}"),
                             ("asyncload-copy", f"wait for layer {number}"),
                         },
-                        ("native", "file"): set[tuple[str, str]](),  # those that read keep no record
+                        ("native", "file"): {
+                            ("asyncload-worker_", f"{what} {name}") for what in ("read", "decode", "enqueue", "wait for")
+                        },
                     }
                     assert expected[small.engine, host] <= did
                 assert_no_overlap(trace([stats]), 1)

@@ -256,15 +256,16 @@ class TestProgress:
             caught.value.partial.close()
 
     async def test_a_callback_that_raises_ends_the_load(
-        self, model_path: Path, nothing_left: Any, small: Options
+        self, model_path: Path, nothing_left: Any, small: Options, failing_file: FailingFile
     ) -> None:
         def refuse(progress: Progress) -> None:
             if progress.stage == "load":
                 raise LookupError("enough")
 
-        async with Loader("host", options=small) as loader, nothing_left(loader):
+        never_whole = failing_file(model_path, {9: errno.EIO})  # a chunk of it comes after an hour
+        async with Loader("host", options=replace(small, retry_delay=3600.0)) as loader, nothing_left(loader):
             with pytest.raises(LookupError, match="enough"):
-                await loader.load(model_path, progress=refuse)
+                await loader.load(never_whole, progress=refuse)
 
     async def test_start_and_end_are_logged(
         self, model_path: Path, caplog: pytest.LogCaptureFixture, small: Options
