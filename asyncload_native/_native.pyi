@@ -93,6 +93,24 @@ class CudaDevice(Device):
         The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.
         """
 
+    def begin_work(self, stream: int, after: Sequence[Event], patience: float = ...) -> tuple[Event, Event]:
+        """
+        Has what is enqueued from now on on another library's stream, by its handle, wait for events; the timed
+        events before and behind that. A thread of the device's calls the driver; the interpreter lock is kept
+        meanwhile, for ``patience`` seconds at most. Raises CudaError.
+        """
+
+    def end_work(self, stream: int, patience: float = ...) -> Event:
+        """
+        A timed event behind what is enqueued on another library's stream by now; the interpreter lock is kept as
+        by ``begin_work``. Raises CudaError.
+        """
+
+    def close(self) -> None:
+        """
+        Ends the threads that make calls; whoever begins or ends work later makes his calls himself.
+        """
+
 class HostDevice(Device):
     """Host memory, with a thread for each stream."""
 
@@ -120,7 +138,7 @@ class File:
         """By a descriptor of its own, or raises ReadError."""
 
     @staticmethod
-    def open(path: str, head: int) -> tuple[File, bytes]:
+    def open(path: bytes, head: int) -> tuple[File, bytes]:
         """
         Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises
         ReadError.
@@ -348,8 +366,10 @@ class ReaderChoice:
 class Engine:
     """Threads that read, decode and copy."""
 
-    def __init__(self, device: Device, ring: int, chunk_size: int, threads: int, buffers: int, nice: int, retries: int, retry_delay: float) -> None:
-        """Starts the threads, over a ring of staging buffers that outlives them."""
+    def __init__(self, device: Device, ring: object, chunk_size: int, threads: int, buffers: int, nice: int, retries: int, retry_delay: float) -> None:
+        """
+        Starts the threads, over a ring of staging buffers at ``ring.address``, which is kept as long as they are.
+        """
 
     def submit(self, job: Job, scratch: Sequence[int], after: Sequence[Event]) -> None:
         """

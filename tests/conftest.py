@@ -143,7 +143,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says loudly what did not run, in whichever process: silence is not success."""
     not_run: dict[str, list[str]] = {}
     for report in terminalreporter.getreports("skipped"):
-        message = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        where: Any = report.longrepr
+        message = str(where[2]) if isinstance(where, tuple) else ""
         if found := _SKIPPED.fullmatch(message.removeprefix("Skipped: ")):
             not_run.setdefault(found[1], []).append(found[2])
     for need, reasons in not_run.items():

@@ -6,6 +6,7 @@ an event loop's thread. A thread that uses streams calls ``Device.attach`` first
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,8 @@ __all__ = [
     "Residency",
     "StagingMemory",
     "Stream",
+    "WorkOnStream",
+    "WorkStream",
     "allocate_each",
     "check_decode",
     "check_download",
@@ -166,6 +169,45 @@ class Stream(Protocol):
 
 
 @runtime_checkable
+class WorkStream(Protocol):
+    """A stream on which others enqueue work."""
+
+    def begin(self, after: Sequence[Event]) -> tuple[Event, Event]:
+        """Makes the work that is enqueued after this wait, on the device, until some events have passed.
+
+        Returns events with timing before and behind the waiting. What failed before the others does not stop the work.
+        """
+        ...
+
+    def end(self) -> Event:
+        """An event with timing behind all work that is enqueued by now."""
+        ...
+
+
+class WorkOnStream(ABC):
+    """Makes a ``Stream`` a ``WorkStream``, by its own methods."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """As ``Stream``."""
+
+    @abstractmethod
+    def record(self, *, timing: bool = False) -> Event:
+        """As ``Stream``."""
+
+    def begin(self, after: Sequence[Event]) -> tuple[Event, Event]:
+        """As ``WorkStream``."""
+        ready = self.record(timing=True)
+        for event in after:
+            self.wait(event)
+        return ready, self.record(timing=True)
+
+    def end(self) -> Event:
+        """As ``WorkStream``."""
+        return self.record(timing=True)
+
+
+@runtime_checkable
 class Device(Protocol):
     """A place with memory of its own and streams that copy into it; all methods may be called on any thread."""
 
@@ -216,12 +258,13 @@ class Device(Protocol):
         """
         ...
 
-    def adopt(self, stream: object) -> Stream:
-        """A stream of another library, to enqueue on and to wait for; closing it leaves that library's stream open.
+    def adopt(self, stream: object) -> WorkStream:
+        """A stream of another library, on which work is enqueued; the calling thread need not have attached.
 
         ``stream`` has ``__cuda_stream__`` (``cuda.core``'s, CuPy's, newer torch's), or a handle as ``cuda_stream``
         (torch's) or ``ptr`` (CuPy's), or is the handle itself; a stream of this device is returned as it is. The caller
-        keeps it open. Raises ``DeviceError`` for anything else.
+        keeps it open. Raises ``DeviceError`` for anything else, and for CUDA's per-thread default stream, which is
+        another one on each thread.
         """
         ...
 

@@ -28,6 +28,8 @@ from asyncload.device._contract import (
     MemoryInfo,
     Residency,
     StagingMemory,
+    WorkOnStream,
+    WorkStream,
     allocate_each,
     check_decode,
     check_download,
@@ -53,6 +55,7 @@ __all__ = ["CudaDevice", "CudaEvent", "CudaStaging", "CudaStream", "cuda_device_
 _registered: set[Pages] = set()
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+_PER_THREAD = 2  # CU_STREAM_PER_THREAD, a handle that means another stream on each thread
 # What cuCtxRecordEvent (new in CUDA 12.5) answers where there is no such thing.
 _NO_CONTEXT_EVENTS = frozenset({"CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_FOUND", "CUDA_ERROR_STUB_LIBRARY"})
 
@@ -97,8 +100,8 @@ def _mapping_errors(device: str, what: str, error: type[DeviceError] = DeviceErr
     except AsyncloadError:
         raise
     except Exception as failure:
-        name = str(failure).partition(":")[0]
-        code = name if name.startswith("CUDA_ERROR_") else None
+        names = getattr(failure, "name", ""), str(failure).partition(":")[0]
+        code = next((name for name in names if isinstance(name, str) and name.startswith("CUDA_ERROR_")), None)
         raise error(f"{device}: {what}: {failure}", device=device, code=code) from failure
 
 
@@ -194,7 +197,7 @@ class CudaStaging:
             pages.close()
 
 
-class CudaStream:
+class CudaStream(WorkOnStream):
     """A stream that does not wait for the legacy default stream, nor it for this one."""
 
     def __init__(self, device: CudaDevice, stream: Any, *, adopted: bool = False) -> None:
@@ -280,6 +283,29 @@ class CudaStream:
             name = self._device.info.name
             raise DeviceError(f"{name}: the stream is closed", device=name)
         return self.handle
+
+
+class NativeWorkStream:
+    """Another library's stream, for which C++ threads call the driver.
+
+    So whoever begins and ends work keeps the interpreter lock: beside a busy thread each giving up of it costs 5 ms.
+    """
+
+    def __init__(self, device: CudaDevice, handle: int) -> None:
+        self._device = device
+        self._handle = handle
+
+    def begin(self, after: Sequence[Event]) -> tuple[NativeCudaEvent, NativeCudaEvent]:
+        """By one call."""
+        device = self._device
+        with _mapping_errors(device.info.name, "work could not be begun"):
+            ready, began = device.native().begin_work(self._handle, [device.to_native(event) for event in after])
+        return NativeCudaEvent(device, ready), NativeCudaEvent(device, began)
+
+    def end(self) -> NativeCudaEvent:
+        """By one call."""
+        with _mapping_errors(self._device.info.name, "work could not be ended"):
+            return NativeCudaEvent(self._device, self._device.native().end_work(self._handle))
 
 
 class CudaDevice:
@@ -501,13 +527,21 @@ class CudaDevice:
         with _mapping_errors(self._name, "a stream could not be created"):
             return CudaStream(self, device.create_stream())
 
-    def adopt(self, stream: object) -> CudaStream:
+    def adopt(self, stream: object) -> WorkStream:
         """Takes the stream's handle."""
         if isinstance(stream, CudaStream):
+            self.attach()
             return stream
-        self.attach()
         with _mapping_errors(self._name, f"{type(stream).__name__} is no CUDA stream"):
-            return CudaStream(self, self._core.Stream.from_handle(_handle(stream)), adopted=True)
+            handle = _handle(stream)
+            if handle == _PER_THREAD:
+                raise DeviceError(
+                    f"{self._name}: the per-thread default stream is no stream for all", device=self._name
+                )
+            if self._native is not None:
+                return NativeWorkStream(self, handle)
+            self.attach()
+            return CudaStream(self, self._core.Stream.from_handle(handle), adopted=True)
 
     def barrier(self) -> CudaEvent:
         """Records an event in all streams of the context; where the driver cannot, waits for them here (spinning).
@@ -565,4 +599,6 @@ class CudaDevice:
         return kernel.handle, kernel.blocks_per_group
 
     def close(self) -> None:
-        """Does nothing: there are no threads, and the primary context is kept for whoever holds memory."""
+        """Ends the C++ threads that call the driver; the primary context is kept for whoever holds memory."""
+        if self._native is not None:
+            self._native.close()

@@ -255,6 +255,7 @@ class HostDevice:
         """Takes no streams but its own."""
         if not isinstance(stream, HostStream):
             raise DeviceError(f"{_NAME}: {type(stream).__name__} is no stream of a host device", device=_NAME)
+        self.attach()
         return stream
 
     def barrier(self) -> PassedAll:

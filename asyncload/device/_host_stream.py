@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
-from asyncload.device._contract import DeviceMemory, Event, StagingMemory, check_decode, check_upload
+from asyncload.device._contract import DeviceMemory, Event, StagingMemory, WorkOnStream, check_decode, check_upload
 from asyncload.errors import CopyError, DeviceError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, decode
@@ -274,7 +274,7 @@ class PassedAll:
         raise DeviceError("host: a barrier notes no time", device="host")
 
 
-class HostStream:
+class HostStream(WorkOnStream):
     """A thread that does enqueued work in order; ``closed`` is told when it has ended.
 
     It decodes the pairs that are ``prepared`` by then.

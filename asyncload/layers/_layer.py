@@ -60,7 +60,6 @@ class Layer(Mapping[str, Tensor]):
             raise ClosedError(f"layer {self.number} has been used")
         if stream is None and self._device.info.needs_stream:
             raise OptionsError("work on a layer needs a stream: layer.on(stream)", option="stream")
-        self._device.attach()
         adopted = None if stream is None else self._device.adopt(stream)
         self._work = None  # it holds its sweep, and that those after it: who keeps the layer keeps none
         self._scheduler.enter(self._ride, work, adopted)
@@ -68,10 +67,7 @@ class Layer(Mapping[str, Tensor]):
             if adopted is None:
                 work.untimed = True
             else:
-                ready = adopted.record(timing=True)
-                for event in work.fed.arrived if isinstance(work, Use) else ():
-                    adopted.wait(event)
-                work.begin(ready, adopted.record(timing=True))
+                work.begin(*adopted.begin(work.fed.arrived if isinstance(work, Use) else ()))
             self._tensors = self._make_tensors()
             yield self
         finally:
@@ -80,7 +76,7 @@ class Layer(Mapping[str, Tensor]):
                 tensor.close()
             ended: Event | None = None
             try:
-                ended = None if adopted is None else adopted.record(timing=True)
+                ended = None if adopted is None else adopted.end()
             finally:
                 self._scheduler.finish(self._ride, work, ended)
 

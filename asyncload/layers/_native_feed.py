@@ -106,6 +106,11 @@ class NativeSlabFeed:
                 trace=trace,
                 nice=backend.options.nice,
             )
+        except (backend.module.DeviceError, OSError) as error:  # the latter: no descriptor, or no thread, is left
+            self.close()
+            name = self._device.info.name
+            code = getattr(error, "name", None)
+            raise DeviceError(f"{name}: layers cannot be fed: {error}", device=name, code=code) from error
         except BaseException:
             self.close()
             raise

@@ -17,7 +17,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
-from asyncload.device import Event, Stream
+from asyncload.device import Event, WorkStream
 from asyncload.errors import ClosedError, StalledError
 from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed, Ride, Sweep, Use, Work
@@ -44,7 +44,7 @@ class Scheduler:
         layers: Sequence[LayerPlan],
         slots: Sequence[Slot],
         feed: Feed,
-        record: Callable[[Stream], Awaitable[Event]],
+        record: Callable[[WorkStream], Awaitable[Event]],
         *,
         at_once: int,
         stall_limit: float,
@@ -229,7 +229,7 @@ class Scheduler:
             if sweep.error is None and not use.arrived.is_set():
                 await use.arrived.wait()
 
-    def enter(self, ride: Ride, work: Work, stream: Stream | None) -> None:
+    def enter(self, ride: Ride, work: Work, stream: WorkStream | None) -> None:
         """A ride begins to use a layer on a stream, or on the host."""
         self.check(ride)
         if isinstance(work, Use):

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import anyio
 
-from asyncload.device import Event, Stream
+from asyncload.device import Event, WorkStream
 from asyncload.layers._slots import Slot
 from asyncload.plan import LayerPlan
 
@@ -59,7 +59,7 @@ class Use(Work):
         self.fetched = anyio.Event()  # it may be handed out, or nobody fetches it any more
         self.arrived = anyio.Event()  # its copies have ended, however
         self.finished: set[Ride] = set()
-        self.inside: dict[Ride, Stream | None] = {}  # with the stream that each works on
+        self.inside: dict[Ride, WorkStream | None] = {}  # with the stream that each works on
         self.watched = False
         self.released = anyio.Event()  # all that ended is recorded
 

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from asyncload.device import Event, Stream
+from asyncload.device import Event, WorkStream
 from asyncload.errors import ClosedError
 from asyncload.gguf import Header
 from asyncload.layers import (
@@ -419,9 +419,9 @@ def _synchronize(engine: Engine, events: Sequence[Event]) -> None:
             stack.callback(event.synchronize)
 
 
-def _record(engine: Engine, stream: Stream) -> Event:
+def _record(engine: Engine, stream: WorkStream) -> Event:
     engine.device.attach()
-    return stream.record(timing=True)
+    return stream.end()
 
 
 def _available_memory() -> int:

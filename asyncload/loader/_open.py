@@ -118,13 +118,19 @@ class OpenedModel:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes what was opened here; a file of C++'s that is read on belongs to whoever reads it."""
-        blocking = [source for source in self._owned if not isinstance(source, NativeFileSource)]
+        """Closes what was opened here, unless it was handed over."""
+        left = [source for source in self._owned if not (isinstance(source, NativeFileSource) and source.closed)]
+        if left:
+            await self._run(_close, left)
+
+    def hand_over(self) -> None:
+        """Lets go of the files that C++ threads hold by now, who close them when they have read them.
+
+        So nothing that the last owner's closing waits for holds the event loop, and no hop to a thread is needed.
+        """
         for source in self._owned:
             if isinstance(source, NativeFileSource):
                 source.close()
-        if blocking:
-            await self._run(_close, blocking)
 
 
 def _close(sources: Sequence[BlockingSource]) -> None:

@@ -14,7 +14,7 @@ from asyncload.loader._open import ModelPath, OpenedModel, Pause
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
 from asyncload.options import DecodeOption
-from asyncload.pipeline import Backend, Engine, Hears, Sink, Transfer
+from asyncload.pipeline import Backend, Engine, Hears, NativeBackend, Sink, Transfer
 from asyncload.plan import DtypeSpec, LoadPlan, Selection, plan_load
 from asyncload.quant.cuda import ALIGNMENT
 from asyncload.telemetry import ProgressCallback, ProgressMeter
@@ -83,6 +83,8 @@ class Session(Sink):
         self.hears = "chunk" if self.meter.listens else self.hears
         self.transfer = self.backend.transfer(self.plan, self.opened.sources, self, skip=self.landed_tensors)
         self.transfer.prepare()
+        if isinstance(self.backend, NativeBackend):
+            self.opened.hand_over()
 
     def begin(self, count: int) -> None:
         """Lets the first ``count`` tensors, which have memory, be moved."""

@@ -84,7 +84,7 @@ class NativeBackend:
             try:
                 self.engine = self.module.Engine(
                     device.native(),
-                    ring.address,
+                    ring,
                     chunk_size=options.chunk_size,
                     threads=options.threads,
                     buffers=options.buffers,
@@ -92,7 +92,7 @@ class NativeBackend:
                     retries=options.retries,
                     retry_delay=options.retry_delay,
                 )
-            except self.module.DeviceError as error:
+            except (self.module.DeviceError, OSError) as error:
                 name = device.info.name
                 raise DeviceError(f"{name}: {error}", device=name, code=getattr(error, "name", None)) from error
             stack.callback(self.engine.close)
@@ -198,12 +198,13 @@ class NativeTransfer:
         import numpy as np
 
         backend, module = self._backend, self._backend.module
+        files = [source.open_file() for source in self._sources]
         rows = [self._row(index, tensor) for index, tensor in enumerate(self._plan.tensors)]
         if self._plan.kernels(Decode.DEVICE):
             self._scratch = backend.scratch.acquire()
         try:
             job = module.Job(
-                files=[source.file for source in self._sources],
+                files=files,
                 tensors=np.array(rows, np.uint64).reshape(-1, 10),
                 chunk_size=self._plan.chunk_size,
                 wake=getattr(module.Wake, self._sink.hears.upper()),
@@ -212,6 +213,9 @@ class NativeTransfer:
             )
         except ValueError as error:
             raise PlanError(str(error)) from error
+        except OSError as error:  # no descriptor is left
+            url = self._sources[0].url
+            raise SourceReadError(f"{url}: {error.strerror}", url=url, errno=error.errno, transient=True) from error
         after = [backend.device.to_native(event) for event in self._sink.after]
         for event, native in zip(self._sink.after, after, strict=True):
             if native is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
@@ -32,7 +33,7 @@ class NativeFileSource:
         self.file: Any
         self.head: bytes
         with self._mapping_errors(opening=True):
-            self.file, self.head = opened(path, _HEAD)
+            self.file, self.head = opened(os.fsencode(path), _HEAD)
         self._identity: tuple[int, ...] = self.file.identity
 
     @property
@@ -53,17 +54,28 @@ class NativeFileSource:
     def read_into_blocking(self, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from byte ``offset`` on, and checks that the file is still the one that was opened."""
         check_read(self, offset, buffer.nbytes)
-        if self.file is None:
-            raise SourceReadError(f"{self._path}: it is closed", url=self._path, offset=offset)
+        file = self.open_file(offset)
         with self._mapping_errors():
-            self.file.read(offset, buffer)
+            file.read(offset, buffer)
+
+    def open_file(self, offset: int | None = None) -> Any:
+        """The file, or ``SourceReadError`` if this was closed; ``offset`` is what was to be read."""
+        file = self.file  # which another thread may close
+        if file is None:
+            raise SourceReadError(f"{self._path}: it is closed", url=self._path, offset=offset)
+        return file
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """``read_into_blocking`` on a thread of its own."""
         await run_in_thread(self.read_into_blocking, offset, buffer)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was let go."""
+        return self.file is None
+
     def close(self) -> None:
-        """Lets the file go."""
+        """Lets the file go; blocks if nobody else holds it."""
         self.file, self.head = None, b""
 
     async def aclose(self) -> None:

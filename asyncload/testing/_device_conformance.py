@@ -407,7 +407,8 @@ class DeviceConformance(DecodeConformance, ABC):
                 end.seconds_since(begin)
 
     def test_its_own_streams_are_adopted_as_they_are(self, rig: Rig) -> None:
-        assert rig.device.adopt(rig.stream) is rig.stream
+        adopted: object = rig.device.adopt(rig.stream)
+        assert adopted is rig.stream
 
     @pytest.mark.parametrize("stream", [object(), "stream", None])
     def test_what_is_no_stream_is_not_adopted(self, rig: Rig, stream: object) -> None:

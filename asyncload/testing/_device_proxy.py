@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from asyncload.device import Device, DeviceInfo, DeviceMemory, Event, MemoryInfo, Residency, StagingMemory, Stream
+from asyncload.device import (
+    Device,
+    DeviceInfo,
+    DeviceMemory,
+    Event,
+    MemoryInfo,
+    Residency,
+    StagingMemory,
+    Stream,
+    WorkOnStream,
+    WorkStream,
+)
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 
 __all__ = ["DeviceProxy", "StreamProxy"]
 
 
-class StreamProxy:
+class StreamProxy(WorkOnStream):
     """A stream that does what ``inner`` does; a double overrides what it does otherwise."""
 
     def __init__(self, inner: Stream) -> None:
@@ -79,7 +90,7 @@ class DeviceProxy:
         """As the inner device."""
         self.inner.prepare(pairs)
 
-    def adopt(self, stream: object) -> Stream:
+    def adopt(self, stream: object) -> WorkStream:
         """As the inner device."""
         return stream if isinstance(stream, StreamProxy) else self.inner.adopt(stream)
 

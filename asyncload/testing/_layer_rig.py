@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Self
 
-from asyncload.device import Device, DeviceInfo, DeviceMemory, Event, StagingMemory, Stream
+from asyncload.device import Device, DeviceInfo, DeviceMemory, Event, StagingMemory, Stream, WorkStream
 from asyncload.gguf import GGMLType
 from asyncload.layers import Layer
 from asyncload.loader import Loader
@@ -63,11 +63,10 @@ class RaceDevice(DeviceProxy):
         """A stream that copies."""
         return _RaceStream(self.inner.stream(), self._before_copy, waits=self._lost is not Wait.COPY_FOR_WORK)
 
-    def adopt(self, stream: object) -> Stream:
+    def adopt(self, stream: object) -> WorkStream:
         """A stream that works."""
-        if isinstance(stream, StreamProxy):
-            return stream
-        return _RaceStream(self.inner.adopt(stream), None, waits=self._lost is not Wait.WORK_FOR_COPY)
+        work = super().adopt(stream)
+        return _RacingWork(work) if self._lost is Wait.WORK_FOR_COPY else work
 
     def free(self, memory: DeviceMemory) -> None:
         """Calls the hook, then frees."""
@@ -129,6 +128,22 @@ class _RaceStream(StreamProxy):
     def wait(self, event: Event) -> None:
         if self._waits:
             super().wait(event)
+
+
+class _RacingWork:
+    """Work that waits for nothing."""
+
+    def __init__(self, inner: WorkStream) -> None:
+        self._inner = inner
+
+    def begin(self, after: Sequence[Event]) -> tuple[Event, Event]:
+        """Not after them."""
+        del after
+        return self._inner.begin(())
+
+    def end(self) -> Event:
+        """The inner one's."""
+        return self._inner.end()
 
 
 class LayerConsumer(ABC):

@@ -1,5 +1,8 @@
 #include "cuda_device.h"
 
+#include <array>
+#include <functional>
+#include <mutex>
 #include <utility>
 
 namespace asyncload {
@@ -10,10 +13,13 @@ constexpr unsigned threads_per_group = 256;  // as the kernels are bounded to: a
 
 class CudaEvent final : public Event {
   public:
-    CudaEvent(std::shared_ptr<const Driver> driver, CUevent event, bool owned)
-        : driver_(std::move(driver)), event_(event), owned_(owned) {}
+    using Release = std::function<void(CUevent)>;
+
+    // `release` has the event when nobody holds it any more, if it is ours.
+    CudaEvent(std::shared_ptr<const Driver> driver, CUevent event, Release release)
+        : driver_(std::move(driver)), event_(event), release_(std::move(release)) {}
     ~CudaEvent() override {
-        if (owned_) driver_->cuEventDestroy.result(event_);
+        if (release_) release_(event_);
     }
     CudaEvent(const CudaEvent&) = delete;
     CudaEvent& operator=(const CudaEvent&) = delete;
@@ -40,16 +46,19 @@ class CudaEvent final : public Event {
   private:
     const std::shared_ptr<const Driver> driver_;
     const CUevent event_;
-    const bool owned_;
+    const Release release_;
 };
 
-// A stream that does not wait for the legacy default stream, nor it for this one.
+// A stream that does not wait for the legacy default stream, nor it for this one; or another library's.
 class CudaStream final : public Stream {
   public:
-    explicit CudaStream(const Driver& driver) : driver_(driver) {
+    explicit CudaStream(const Driver& driver) : driver_(driver), owned_(true) {
         driver.cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING);
     }
+    CudaStream(const Driver& driver, std::uint64_t handle)
+        : driver_(driver), owned_(false), stream_(reinterpret_cast<CUstream>(handle)) {}
     ~CudaStream() override {
+        if (!owned_) return;
         driver_.cuStreamSynchronize.result(stream_);
         driver_.cuStreamDestroy.result(stream_);
     }
@@ -78,25 +87,98 @@ class CudaStream final : public Stream {
 
   private:
     const Driver& driver_;
+    const bool owned_;
     CUstream stream_ = nullptr;
 };
 
 }  // namespace
 
-CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int index) : driver_(std::move(driver)) {
-    driver_->cuInit(0);
-    driver_->cuDeviceGet(&device_, index);
-    driver_->cuDevicePrimaryCtxRetain(&context_, device_);
-}
+// The primary context of a device, held.
+class CudaDevice::Context {
+  public:
+    Context(std::shared_ptr<const Driver> driver_table, int index) : driver(std::move(driver_table)) {
+        driver->cuInit(0);
+        driver->cuDeviceGet(&device_, index);
+        driver->cuDevicePrimaryCtxRetain(&context_, device_);
+    }
+    ~Context() { driver->cuDevicePrimaryCtxRelease.result(device_); }
+    Context(const Context&) = delete;
+    Context& operator=(const Context&) = delete;
 
-CudaDevice::~CudaDevice() {
-    driver_->cuDevicePrimaryCtxRelease.result(device_);
-}
+    void attach() const {
+        CUcontext current = nullptr;
+        driver->cuCtxGetCurrent(&current);
+        if (current != context_) driver->cuCtxSetCurrent(context_);
+    }
+
+    // Attached for a function, whatever thread it is.
+    template <typename Function>
+    void within(Function function) const noexcept {
+        CUcontext before = nullptr;
+        driver->cuCtxGetCurrent.result(&before);
+        if (before != context_) driver->cuCtxSetCurrent.result(context_);
+        function();
+        if (before != context_) driver->cuCtxSetCurrent.result(before);
+    }
+
+    const std::shared_ptr<const Driver> driver;
+
+  private:
+    CUdevice device_ = 0;
+    CUcontext context_ = nullptr;
+};
+
+// Events that nobody holds any more, for the next who want one: who lets one go does not call the driver, which may let
+// him wait. One that was recorded before is recorded anew.
+class CudaDevice::EventPool : public std::enable_shared_from_this<EventPool> {
+  public:
+    explicit EventPool(std::shared_ptr<const Context> context) : context_(std::move(context)) {}
+    ~EventPool() {
+        context_->within([this] {
+            for (const auto& events : free_)
+                for (const CUevent event : events) driver().cuEventDestroy.result(event);
+        });
+    }
+    EventPool(const EventPool&) = delete;
+    EventPool& operator=(const EventPool&) = delete;
+
+    std::shared_ptr<Event> take(bool timing) {
+        auto release = [pool = shared_from_this(), timing](CUevent event) {
+            const std::lock_guard lock(pool->mutex_);
+            pool->free_[timing].push_back(event);
+        };
+        return std::make_shared<CudaEvent>(context_->driver, find(timing), std::move(release));
+    }
+
+  private:
+    CUevent find(bool timing) {
+        {
+            const std::lock_guard lock(mutex_);
+            if (auto& events = free_[timing]; !events.empty()) {
+                const CUevent event = events.back();
+                events.pop_back();
+                return event;
+            }
+        }
+        CUevent event = nullptr;  // whoever waits for it sleeps
+        driver().cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC | (timing ? 0 : CU_EVENT_DISABLE_TIMING));
+        return event;
+    }
+
+    const Driver& driver() const { return *context_->driver; }
+
+    const std::shared_ptr<const Context> context_;
+    std::mutex mutex_;
+    std::array<std::vector<CUevent>, 2> free_;  // without timing, and with
+};
+
+CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int index)
+    : context_(std::make_shared<Context>(std::move(driver), index)), events_(std::make_shared<EventPool>(context_)) {}
+
+CudaDevice::~CudaDevice() = default;
 
 void CudaDevice::attach() {
-    CUcontext current = nullptr;
-    driver_->cuCtxGetCurrent(&current);
-    if (current != context_) driver_->cuCtxSetCurrent(context_);
+    context_->attach();
 }
 
 std::vector<Address> CudaDevice::allocate(const std::vector<std::size_t>& sizes) {
@@ -105,29 +187,52 @@ std::vector<Address> CudaDevice::allocate(const std::vector<std::size_t>& sizes)
     addresses.reserve(sizes.size());
     for (const std::size_t nbytes : sizes) {
         CUdeviceptr address = 0;
-        if (const CUresult code = nbytes ? driver_->cuMemAlloc.result(&address, nbytes) : CUDA_SUCCESS;
+        if (const CUresult code = nbytes ? driver().cuMemAlloc.result(&address, nbytes) : CUDA_SUCCESS;
             code != CUDA_SUCCESS) {
             for (const Address allocated : addresses)
-                if (allocated) driver_->cuMemFree.result(allocated);
-            driver_->cuMemAlloc.fail(code);
+                if (allocated) driver().cuMemFree.result(allocated);
+            driver().cuMemAlloc.fail(code);
         }
         addresses.push_back(address);
     }
     return addresses;
 }
 
+const Driver& CudaDevice::driver() const {
+    return *context_->driver;
+}
+
 std::unique_ptr<Stream> CudaDevice::open_stream() {
-    return std::make_unique<CudaStream>(*driver_);
+    return std::make_unique<CudaStream>(driver());
 }
 
 std::shared_ptr<Event> CudaDevice::make_event(bool timing) {
-    CUevent event = nullptr;  // whoever waits for it sleeps
-    driver_->cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC | (timing ? 0 : CU_EVENT_DISABLE_TIMING));
-    return std::make_shared<CudaEvent>(driver_, event, true);
+    return events_->take(timing);
 }
 
 std::shared_ptr<Event> CudaDevice::adopt_event(std::uint64_t handle) {
-    return std::make_shared<CudaEvent>(driver_, reinterpret_cast<CUevent>(handle), false);
+    return std::make_shared<CudaEvent>(context_->driver, reinterpret_cast<CUevent>(handle), nullptr);
+}
+
+std::future<CudaDevice::Begun> CudaDevice::begin_work(std::uint64_t stream, std::vector<std::shared_ptr<Event>> after) {
+    return calls_.call([this, stream, after = std::move(after)] {
+        attach();
+        CudaStream theirs(driver(), stream);
+        Begun begun{make_event(true), make_event(true)};
+        theirs.record(*begun.ready);
+        for (const auto& event : after) theirs.wait(*event);
+        theirs.record(*begun.began);
+        return begun;
+    });
+}
+
+std::future<std::shared_ptr<Event>> CudaDevice::end_work(std::uint64_t stream) {
+    return calls_.call([this, stream] {
+        attach();
+        auto ended = make_event(true);
+        CudaStream(driver(), stream).record(*ended);
+        return ended;
+    });
 }
 
 }  // namespace asyncload

@@ -1,9 +1,11 @@
 // A CUDA device, in its primary context, which torch, CuPy and `cuda.core` use too.
 #pragma once
 
+#include <future>
 #include <memory>
 #include <vector>
 
+#include "call_threads.h"
 #include "device.h"
 #include "driver.h"
 
@@ -11,7 +13,8 @@ namespace asyncload {
 
 class CudaDevice final : public Device {
   public:
-    // Starts the driver and retains the primary context of the device of number `index`.
+    // Starts the driver and retains the primary context of the device of number `index`, as long as its events are
+    // held.
     CudaDevice(std::shared_ptr<const Driver> driver, int index);
     ~CudaDevice() override;
     CudaDevice(const CudaDevice&) = delete;
@@ -26,10 +29,28 @@ class CudaDevice final : public Device {
     // Allocates memory of these sizes, all or none; 0 for none.
     std::vector<Address> allocate(const std::vector<std::size_t>& sizes);
 
+    // Work on another library's stream, by its handle. Threads of the device's call the driver for it, as the caller
+    // may hold a lock that others want while the driver lets them wait.
+    struct Begun {
+        std::shared_ptr<Event> ready;  // when the stream had come to it
+        std::shared_ptr<Event> began;  // behind what it waited for
+    };
+    // Has what is enqueued from now on wait, on the device, for events; the new ones are timed.
+    std::future<Begun> begin_work(std::uint64_t stream, std::vector<std::shared_ptr<Event>> after);
+    // A timed event behind what is enqueued by now.
+    std::future<std::shared_ptr<Event>> end_work(std::uint64_t stream);
+    // Ends these threads; afterwards the callers call the driver themselves.
+    void close() { calls_.close(); }
+
   private:
-    const std::shared_ptr<const Driver> driver_;
-    CUdevice device_ = 0;
-    CUcontext context_ = nullptr;
+    class Context;
+    class EventPool;
+
+    const Driver& driver() const;
+
+    const std::shared_ptr<const Context> context_;
+    const std::shared_ptr<EventPool> events_;
+    CallThreads calls_;  // these end first
 };
 
 }  // namespace asyncload

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -27,6 +28,12 @@ class DeviceError : public std::runtime_error {
   private:
     std::string name_;
 };
+
+// Whatever ended work for a device, memory that ran out say, as its failure: no exception may leave a thread.
+inline DeviceError of_device(const std::exception& error) {
+    if (const auto* const known = dynamic_cast<const DeviceError*>(&error)) return *known;
+    return {error.what(), ""};
+}
 
 // A kernel that decodes blocks on a device: for CUDA a CUkernel and how many blocks a group of threads decodes, for the
 // host a function (see `HostKernel`).

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <stdexcept>
 #include <utility>
 
 #include "threads.h"
@@ -58,8 +59,9 @@ class Engine::Worker {
         for (;;) {
             Lane& lane = lanes_[next_];
             if (lane.flight) land(lane);
-            const bool idle = std::ranges::none_of(lanes_, [](const Lane& other) { return other.flight.has_value(); });
+            const bool idle = !under_way();
             if (auto task = engine_.take(idle)) {
+                land_others(*task->job);
                 move(lane, std::move(*task));
                 next_ = (next_ + 1) % lanes_.size();
             } else if (idle) {
@@ -93,8 +95,8 @@ class Engine::Worker {
                 upload(lane, job, segments, bytes, in_place, flight);
         } catch (const ReadError& error) {
             flight.failure = describe(error, tensor, chunk.file);
-        } catch (const DeviceError& error) {
-            flight.failure = describe(error, kind, tensor);
+        } catch (const std::exception& error) {
+            flight.failure = describe(of_device(error), kind, tensor);
         }
         if (!flight.enqueued) return land(std::move(flight));
         try {
@@ -103,6 +105,7 @@ class Engine::Worker {
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, tensor);
             stream_->drain();
+            flight.event = nullptr;  // it says nothing of this
         }
         lane.flight = std::move(flight);
     }
@@ -138,6 +141,7 @@ class Engine::Worker {
                 const std::lock_guard lock(job.mutex_);
                 ++job.times_.retries;
             }
+            while (under_way()) land_oldest();
             if (!engine_.pause(job, std::ldexp(engine_.options_.retry_delay, static_cast<int>(attempt)))) return false;
         }
         job.spans_.note(Span::What::read, index_, job.cut_.segments[chunk.first_segment].tensor, begin);
@@ -211,13 +215,13 @@ class Engine::Worker {
         const auto tensor = job.cut_.segments[flight.task.chunk->first_segment].tensor;
         const auto begin = Clock::now();
         try {
-            flight.event->synchronize();
+            if (flight.event) flight.event->synchronize();
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
             stream_->drain();
         }
         job.spans_.note(Span::What::await_copies, index_, tensor, begin);
-        if (flight.begun) {
+        if (flight.begun && flight.event) {
             const std::lock_guard lock(job.mutex_);
             job.copies_[index_].emplace_back(flight.begun, flight.event);
         }
@@ -240,6 +244,16 @@ class Engine::Worker {
             engine_.report(flight.task, End::failed, std::move(*flight.failure));
         else
             engine_.report(flight.task, End::arrived);
+    }
+
+    bool under_way() const {
+        return std::ranges::any_of(lanes_, [](const Lane& lane) { return lane.flight.has_value(); });
+    }
+
+    // No job hears late of what has come of it because another's file is slow.
+    void land_others(const Job& job) {
+        for (Lane& lane : lanes_)
+            if (lane.flight && lane.flight->task.job.get() != &job) land(lane);
     }
 
     void land_oldest() {
@@ -292,46 +306,52 @@ Engine::~Engine() {
 }
 
 void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::shared_ptr<Event>> after) {
-    const std::lock_guard lock(mutex_);
-    job->scratch_ = std::move(scratch);
-    job->after_ = std::move(after);
-    job->begun_.assign(options_.threads, 0);
-    job->copies_.resize(options_.threads);
-    jobs_.push_back(job);
-    if (closing_)
-        stop(*job);
-    else
-        end_if_done(*job);
-    changed_.notify_all();
+    std::shared_ptr<Job> ended;
+    {
+        const std::lock_guard lock(mutex_);
+        job->scratch_ = std::move(scratch);
+        job->after_ = std::move(after);
+        job->begun_.assign(options_.threads, 0);
+        job->copies_.resize(options_.threads);
+        jobs_.push_back(job);
+        ended = closing_ ? stop(*job) : take_ended(*job);
+        changed_.notify_all();
+    }
+    if (ended) ended->settle();
 }
 
 void Engine::admit(Job& job, std::uint32_t groups, std::size_t first, const std::vector<Address>& targets) {
     const std::lock_guard lock(mutex_);
+    if (first > job.targets_.size() || targets.size() > job.targets_.size() - first)
+        throw std::out_of_range("there are not so many tensors");
     std::ranges::copy(targets, job.targets_.begin() + static_cast<std::ptrdiff_t>(first));
     job.admitted_ = std::max(job.admitted_, groups);
     changed_.notify_all();
 }
 
 void Engine::cancel(Job& job) {
-    const std::lock_guard lock(mutex_);
-    stop(job);
-    changed_.notify_all();  // what waits to read again
+    std::shared_ptr<Job> ended;
+    {
+        const std::lock_guard lock(mutex_);
+        ended = stop(job);
+        changed_.notify_all();  // what waits to read again
+    }
+    if (ended) ended->settle();
 }
 
-void Engine::stop(Job& job) {
+std::shared_ptr<Job> Engine::stop(Job& job) {
     job.stopped_ = true;
     job.next_ = job.cut_.chunks.size();
-    end_if_done(job);
+    return take_ended(job);
 }
 
-void Engine::end_if_done(Job& job) {
-    if (job.next_ < job.cut_.chunks.size() || job.under_way_ > 0) return;
+std::shared_ptr<Job> Engine::take_ended(Job& job) {
+    if (job.next_ < job.cut_.chunks.size() || job.under_way_ > 0) return nullptr;
     const auto found = std::ranges::find_if(jobs_, [&](const auto& other) { return other.get() == &job; });
-    if (found == jobs_.end()) return;
-    const auto kept = std::move(*found);
+    if (found == jobs_.end()) return nullptr;
+    auto ended = std::move(*found);
     jobs_.erase(found);
-    const std::lock_guard lock(job.mutex_);
-    job.settle();
+    return ended;
 }
 
 bool Engine::busy() const {
@@ -340,12 +360,16 @@ bool Engine::busy() const {
 }
 
 void Engine::close() {
+    if (workers_.empty()) return;
+    std::vector<std::shared_ptr<Job>> ended;
     {
         const std::lock_guard lock(mutex_);
         closing_ = true;
-        for (const auto& job : std::deque(jobs_)) stop(*job);
+        for (const auto& job : std::deque(jobs_)) ended.push_back(stop(*job));
         changed_.notify_all();
     }
+    for (const auto& job : ended)
+        if (job) job->settle();
     for (std::thread& thread : threads_) thread.join();
     threads_.clear();
     try {
@@ -378,21 +402,22 @@ std::optional<Engine::Task> Engine::take(bool wait) {
 }
 
 void Engine::report(const Task& task, End end, Failure failure) {
-    const std::lock_guard lock(mutex_);
-    Job& job = *task.job;
-    --job.under_way_;
+    std::shared_ptr<Job> ended;
     {
-        const std::lock_guard job_lock(job.mutex_);
-        if (end == End::failed)
-            job.fail(std::move(failure));
-        else if (end == End::arrived)
-            job.arrived(*task.chunk);
+        const std::lock_guard lock(mutex_);
+        Job& job = *task.job;
+        --job.under_way_;
+        {
+            const std::lock_guard job_lock(job.mutex_);
+            if (end == End::failed)
+                job.fail(std::move(failure));
+            else if (end == End::arrived)
+                job.arrived(*task.chunk);
+        }
+        if (end == End::failed) changed_.notify_all();  // others may wait to read again
+        ended = end == End::failed ? stop(job) : take_ended(job);
     }
-    if (end == End::failed) changed_.notify_all();  // others may wait to read again
-    if (end == End::failed)
-        stop(job);
-    else
-        end_if_done(job);
+    if (ended) ended->settle();
 }
 
 bool Engine::pause(const Job& job, double seconds) {

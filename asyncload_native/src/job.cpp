@@ -29,7 +29,7 @@ Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork>
         missing_.push_back(tensor.target_nbytes);
         tensors_left_ += !tensor.skip;
     }
-    choice_.emplace(files_);
+    choice_ = std::make_shared<ReaderChoice>(files_);
 }
 
 void Job::close() {
@@ -48,8 +48,13 @@ Job::News Job::poll() {
 }
 
 std::string Job::reading() const {
-    const std::lock_guard lock(mutex_);
-    return choice_ ? choice_->reason() : reading_;
+    std::shared_ptr<const ReaderChoice> choice;
+    {
+        const std::lock_guard lock(mutex_);
+        if (!choice_) return reading_;
+        choice = choice_;
+    }
+    return choice->reason();
 }
 
 Job::Copies Job::copies() const {
@@ -81,9 +86,18 @@ void Job::fail(Failure failure) {
 }
 
 void Job::settle() {
-    reading_ = choice_->reason();
-    choice_.reset();
-    files_.clear();
+    std::string reading = choice_->reason();
+    {
+        std::shared_ptr<ReaderChoice> choice;
+        std::vector<std::shared_ptr<const File>> files;
+        {
+            const std::lock_guard lock(mutex_);
+            reading_ = std::move(reading);
+            choice.swap(choice_);
+            files.swap(files_);
+        }
+    }  // closes them without the lock, as that may take long
+    const std::lock_guard lock(mutex_);
     news_.ended = true;
     signal_.set();
 }

@@ -85,14 +85,15 @@ class Job : public std::enable_shared_from_this<Job> {
     friend class Engine;
     using Clock = std::chrono::steady_clock;
 
-    // The rest under the lock.
+    // Under the lock.
     void arrived(const Chunk& chunk);
     void fail(Failure failure);
-    void settle();  // it has ended
+    // It has ended: lets the files go and tells, without any lock. Once, when nothing of it is under way.
+    void settle();
 
     // Until its end:
     std::vector<std::shared_ptr<const File>> files_;
-    std::optional<ReaderChoice> choice_;
+    std::shared_ptr<ReaderChoice> choice_;
     const std::vector<TensorWork> tensors_;
     const Cut cut_;
     const Wake wake_;

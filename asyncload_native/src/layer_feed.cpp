@@ -1,6 +1,7 @@
 #include "layer_feed.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 #include "threads.h"
@@ -43,6 +44,7 @@ LayerFeed::~LayerFeed() {
 }
 
 std::uint64_t LayerFeed::feed(std::size_t layer, Address slot, std::vector<SharedEvent> after) {
+    if (layer >= layers_.size()) throw std::out_of_range("there are not so many layers");
     const auto last = last_.find(slot);
     const auto before = last == last_.end() ? std::nullopt : std::optional(last->second);
     const std::uint64_t number = last_[slot] = next_++;
@@ -60,8 +62,8 @@ void LayerFeed::enqueue(Feeding& feeding) {
     try {
         device_->attach();
         enqueue_on_streams(feeding);
-    } catch (const DeviceError& error) {
-        failure = error;
+    } catch (const std::exception& error) {
+        failure = of_device(error);
     }
     spans_.note(Span::What::enqueue, 0, feeding.layer, begin);
     if (failure)
@@ -78,17 +80,17 @@ void LayerFeed::enqueue_on_streams(Feeding& feeding) {
     }
     std::optional<DeviceError> failure;
     try {
-        copy(layers_.at(feeding.layer), feeding.slot);
-    } catch (const DeviceError& error) {
-        failure = error;
+        copy(layers_[feeding.layer], feeding.slot);
+    } catch (const std::exception& error) {
+        failure = of_device(error);
     }
     for (const auto& stream : streams_) {  // also after a failure: what was enqueued uses the slot
         try {
             const auto arrived = device_->make_event(true);
             stream->record(*arrived);
             feeding.arrived.push_back(arrived);
-        } catch (const DeviceError& error) {
-            if (!failure) failure = error;
+        } catch (const std::exception& error) {
+            if (!failure) failure = of_device(error);
             stream->drain();
         }
     }
@@ -176,6 +178,7 @@ std::vector<std::uint64_t> LayerFeed::streams() const {
 }
 
 void LayerFeed::close() {
+    if (streams_.empty()) return;
     enqueuing_.close();
     awaiting_slots_.close();
     awaiting_copies_.close();

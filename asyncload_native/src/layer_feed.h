@@ -68,7 +68,7 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     LayerFeed& operator=(const LayerFeed&) = delete;
 
     // Has a layer, by its index, enqueued into a slot, behind events that are recorded by now and that the caller keeps
-    // until he is told; returns the feeding's number.
+    // until he is told; returns the feeding's number. Throws `std::out_of_range` for a layer that is not there.
     std::uint64_t feed(std::size_t layer, Address slot, std::vector<SharedEvent> after);
 
     // An eventfd; readable when something is to be told.

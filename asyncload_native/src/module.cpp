@@ -9,7 +9,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
+#include <future>
 #include <limits>
+#include <system_error>
 #include <tuple>
 
 #include "build_info.h"
@@ -34,6 +37,14 @@ using Words = nb::ndarray<const std::uint64_t, nb::numpy, nb::ndim<1>, nb::c_con
 using Table = nb::ndarray<const std::uint64_t, nb::numpy, nb::shape<-1, 10>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<std::uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+constexpr double default_patience =
+    1e-3;  // seconds for which a call keeps the interpreter lock while another thread makes it
+
+// Words that may name a file: a path is any bytes.
+nb::str text(const std::string& words) {
+    return nb::steal<nb::str>(PyUnicode_DecodeFSDefaultAndSize(words.data(), static_cast<Py_ssize_t>(words.size())));
+}
 
 std::vector<TensorWork> read_table(const Table& table) {
     std::vector<TensorWork> tensors;
@@ -81,12 +92,23 @@ std::vector<std::uint64_t> words(const Words& array) {
 // What C++ threads hold of Python's is held by shared pointers that C++ made (`nb::new_` on types that know their own:
 // `std::enable_shared_from_this`). nanobind's others take the interpreter lock when the last one goes.
 
-// What has threads, which end when it goes: the interpreter lock is given up then, as what they call may ask for it.
+// A function without the interpreter lock.
+template <typename Function>
+auto unlocked(Function function) {
+    const nb::gil_scoped_release released;
+    return function();
+}
+
+// What has threads, which are started, and end when it goes, without the interpreter lock, as what they call may ask
+// for it. The last reference may be another such thing's, which goes without the lock, too.
 template <typename Threaded, typename... Arguments>
 std::shared_ptr<Threaded> make_threaded(Arguments&&... arguments) {
-    return {new Threaded(std::forward<Arguments>(arguments)...), [](Threaded* threaded) {
-                const nb::gil_scoped_release unlocked;
-                delete threaded;
+    auto* const made = unlocked([&] { return new Threaded(std::forward<Arguments>(arguments)...); });
+    return {made, [](Threaded* threaded) {
+                if (PyGILState_Check())
+                    unlocked([threaded] { delete threaded; });
+                else
+                    delete threaded;
             }};
 }
 
@@ -125,9 +147,20 @@ void bind_errors(nb::module_& module) {
         [](const std::exception_ptr& raised, void* type) {
             try {
                 std::rethrow_exception(raised);
+            } catch (const std::system_error& error) {  // no descriptor, or no thread, is left
+                const nb::object exception =
+                    nb::handle(static_cast<PyObject*>(type))(error.code().value(), error.what());
+                PyErr_SetObject(static_cast<PyObject*>(type), exception.ptr());
+            }
+        },
+        PyExc_OSError);
+    nb::register_exception_translator(
+        [](const std::exception_ptr& raised, void* type) {
+            try {
+                std::rethrow_exception(raised);
             } catch (const ReadError& error) {
                 constexpr const char* kinds[] = {"failed", "ended", "changed"};
-                nb::object exception = nb::handle(static_cast<PyObject*>(type))(error.error_number, error.what());
+                nb::object exception = nb::handle(static_cast<PyObject*>(type))(error.error_number, text(error.what()));
                 exception.attr("kind") = kinds[static_cast<std::size_t>(error.kind)];
                 exception.attr("offset") = error.offset;
                 exception.attr("transient") = error.transient();
@@ -135,6 +168,17 @@ void bind_errors(nb::module_& module) {
             }
         },
         read_error.ptr());
+}
+
+// What comes of a call that another thread makes. The interpreter lock is kept meanwhile, as beside a busy thread it
+// comes back after milliseconds only, but given up where the call takes longer than `patience`, in seconds.
+template <typename Result>
+Result await_call(std::future<Result> future, double patience) {
+    if (future.wait_for(std::chrono::duration<double>(patience)) != std::future_status::ready) {
+        const nb::gil_scoped_release unlocked;
+        future.wait();
+    }
+    return future.get();
 }
 
 void bind_driver(nb::module_& module) {
@@ -164,11 +208,32 @@ void bind_devices(nb::module_& module) {
         .def("adopt_event", &Device::adopt_event, "handle"_a, "Somebody else's event, as long as its owner keeps it.");
     nb::class_<CudaDevice, Device>(module, "CudaDevice", "A CUDA device, in its primary context.")
         .def(nb::new_([](std::shared_ptr<Driver> driver, int index) {
-                 return std::make_shared<CudaDevice>(std::move(driver), index);
+                 return make_threaded<CudaDevice>(std::move(driver), index);
              }),
-             "driver"_a, "index"_a, Unlocked(), "Raises CudaError.")
+             "driver"_a, "index"_a, "Raises CudaError.")
         .def("allocate", &CudaDevice::allocate, "sizes"_a, Unlocked(),
-             "The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.");
+             "The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.")
+        .def(
+            "begin_work",
+            [](CudaDevice& device, std::uint64_t stream, std::vector<std::shared_ptr<Event>> after, double patience) {
+                const auto [ready, began] = await_call(device.begin_work(stream, std::move(after)), patience);
+                return std::make_tuple(ready, began);
+            },
+            "stream"_a, "after"_a, "patience"_a = default_patience,
+            "Has what is enqueued from now on on another library's stream, by its handle, wait for events; the timed\n"
+            "events before and behind that. A thread of the device's calls the driver; the interpreter lock is kept\n"
+            "meanwhile, for ``patience`` seconds at most. Raises CudaError.")
+        .def(
+            "end_work",
+            [](CudaDevice& device, std::uint64_t stream, double patience) {
+                return await_call(device.end_work(stream), patience);
+            },
+            "stream"_a, "patience"_a = default_patience,
+            "A timed event behind what is enqueued on another library's stream by now; the interpreter lock is kept "
+            "as\n"
+            "by ``begin_work``. Raises CudaError.")
+        .def("close", &CudaDevice::close, Unlocked(),
+             "Ends the threads that make calls; whoever begins or ends work later makes his calls himself.");
     nb::class_<HostDevice, Device>(module, "HostDevice", "Host memory, with a thread for each stream.")
         .def(nb::new_([] { return std::make_shared<HostDevice>(); }))
         .def(
@@ -200,7 +265,8 @@ void bind_job(nb::module_& module) {
         .def_static("share", &File::share, "path"_a, "descriptor"_a, "By a descriptor of its own, or raises ReadError.")
         .def_static(
             "open",
-            [](const std::string& path, std::uint64_t head) {
+            [](const nb::bytes& name, std::uint64_t head) {
+                const std::string path(name.c_str(), name.size());
                 std::shared_ptr<File> file;
                 std::string beginning;
                 {
@@ -215,7 +281,7 @@ void bind_job(nb::module_& module) {
             "path"_a, "head"_a,
             "Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises\n"
             "ReadError.",
-            nb::sig("def open(path: str, head: int) -> tuple[File, bytes]"))
+            nb::sig("def open(path: bytes, head: int) -> tuple[File, bytes]"))
         .def(
             "read",
             [](const File& file, std::uint64_t offset, const Bytes& buffer) {
@@ -248,7 +314,7 @@ void bind_job(nb::module_& module) {
         .def_ro("error_number", &Failure::error_number)
         .def_ro("transient", &Failure::transient)
         .def_ro("code", &Failure::code)
-        .def_ro("what", &Failure::what);
+        .def_prop_ro("what", [](const Failure& failure) { return text(failure.what); });
     nb::class_<Times>(module, "Times", "Where a job's time went, in seconds and bytes.")
         .def_ro("read", &Times::read)
         .def_ro("decode", &Times::decode)
@@ -269,6 +335,7 @@ void bind_job(nb::module_& module) {
     nb::class_<Job>(module, "Job", "One load.")
         .def(nb::new_([](std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
                          Job::Wake wake, bool to_host, bool timed) {
+                 if (std::ranges::find(files, nullptr) != files.end()) throw nb::type_error("None is no file");
                  return std::make_shared<Job>(std::vector<std::shared_ptr<const File>>(files.begin(), files.end()),
                                               read_table(tensors), chunk_size, wake, to_host, timed);
              }),
@@ -282,7 +349,9 @@ void bind_job(nb::module_& module) {
         .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
         .def("poll", &Job::poll, "What has happened since it was last asked.")
         .def("close", &Job::close, "Closes the descriptor; for who has heard of the end.")
-        .def_prop_ro("reading", &Job::reading, "How its files are read, and why.")
+        .def_prop_ro(
+            "reading", [](const Job& job) { return text(unlocked([&] { return job.reading(); })); },
+            "How its files are read, and why.")
         .def("copies", &Job::copies, "By thread, events before and behind the copies of each chunk, if it is timed.")
         .def("times", &Job::times, "Where its time went, until now.")
         .def(
@@ -360,18 +429,26 @@ void bind_parts(nb::module_& module) {
         .def("choose", &ReaderChoice::choose, "file"_a, "offset"_a, "nbytes"_a, Unlocked(),
              "The strategy for some bytes, or None for pread without a report.")
         .def("report", &ReaderChoice::report, "strategy"_a, "nbytes"_a, "seconds"_a, Unlocked(), "What came of it.")
-        .def_prop_ro("reason", &ReaderChoice::reason, "What was chosen until now, and why.");
+        .def_prop_ro(
+            "reason", [](const ReaderChoice& choice) { return text(unlocked([&] { return choice.reason(); })); },
+            "What was chosen until now, and why.");
 }
 
 void bind_engine(nb::module_& module) {
     nb::class_<Engine>(module, "Engine", "Threads that read, decode and copy.")
-        .def(nb::new_([](std::shared_ptr<Device> device, Address ring, std::uint64_t chunk_size, std::uint32_t threads,
-                         std::uint32_t buffers, int nice, std::uint32_t retries, double retry_delay) {
+        .def(nb::new_([](std::shared_ptr<Device> device, nb::object ring, std::uint64_t chunk_size,
+                         std::uint32_t threads, std::uint32_t buffers, int nice, std::uint32_t retries,
+                         double retry_delay) {
                  const Engine::Options options{chunk_size, threads, buffers, nice, retries, retry_delay};
-                 return make_threaded<Engine>(std::move(device), pointer(ring), options);
+                 const auto address = nb::cast<Address>(ring.attr("address"));
+                 auto engine = make_threaded<Engine>(std::move(device), pointer(address), options);
+                 Engine* const made = engine.get();  // whose last reference is Python's; then the ring goes, too
+                 return std::shared_ptr<Engine>(
+                     made, [engine = std::move(engine), ring = std::move(ring)](Engine*) mutable { engine.reset(); });
              }),
              "device"_a, "ring"_a, "chunk_size"_a, "threads"_a, "buffers"_a, "nice"_a, "retries"_a, "retry_delay"_a,
-             Unlocked(), "Starts the threads, over a ring of staging buffers that outlives them.")
+             "Starts the threads, over a ring of staging buffers at ``ring.address``, which is kept as long as they "
+             "are.")
         .def(
             "submit",
             [](Engine& engine, std::shared_ptr<Job> job, std::vector<Address> scratch,

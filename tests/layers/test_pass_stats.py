@@ -529,7 +529,8 @@ async def test_what_threads_did_is_told_if_it_was_to_be_noted(
                             ("asyncload-copy", f"wait for layer {number}"),
                         },
                         ("native", "file"): {
-                            ("asyncload-worker_", f"{what} {name}") for what in ("read", "decode", "enqueue", "wait for")
+                            ("asyncload-worker_", f"{what} {name}")
+                            for what in ("read", "decode", "enqueue", "wait for")
                         },
                     }
                     assert expected[small.engine, host] <= did

@@ -14,21 +14,31 @@ import numpy as np
 if TYPE_CHECKING:
     from asyncload_native import Device, Engine, Event, Failure, File, Job
 
-__all__ = ["CHUNK", "NOWHERE", "ON_DEVICE", "ON_HOST", "Outcome", "Tensors", "open_engine", "wait"]
+__all__ = ["CHUNK", "NOWHERE", "ON_DEVICE", "ON_HOST", "Outcome", "Ring", "Tensors", "open_engine", "wait"]
 
 CHUNK = 64 << 10
 NOWHERE, ON_HOST, ON_DEVICE = range(3)  # where a tensor is decoded
 PATIENCE = 60.0  # seconds, where waiting longer is a hang
 
 
+class Ring:
+    """Memory for staging buffers."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = np.empty(nbytes, np.uint8)
+        self.address: int = self.memory.ctypes.data
+
+
 @contextmanager
-def open_engine(device: Device, *, threads: int = 2, buffers: int = 4, retries: int = 3) -> Generator[Engine]:
+def open_engine(
+    device: Device, *, threads: int = 2, buffers: int = 4, retries: int = 3, retry_delay: float = 0.0
+) -> Generator[Engine]:
     """An engine with a ring of its own, closed at the end."""
     from asyncload_native import Engine
 
-    ring = np.empty(buffers * CHUNK, np.uint8)
+    ring = Ring(buffers * CHUNK)
     engine = Engine(
-        device, ring.ctypes.data, CHUNK, threads=threads, buffers=buffers, nice=0, retries=retries, retry_delay=0.0
+        device, ring, CHUNK, threads=threads, buffers=buffers, nice=0, retries=retries, retry_delay=retry_delay
     )
     try:
         yield engine
@@ -84,7 +94,7 @@ class Tensors:
         """The file."""
         from asyncload_native import File
 
-        return File.open(str(self.path), 0)[0]
+        return File.open(bytes(self.path), 0)[0]
 
     def job(
         self,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.native.jobs import CHUNK, NOWHERE, ON_DEVICE, ON_HOST, Outcome, Tensors, open_engine, wait
+from tests.native.jobs import CHUNK, NOWHERE, ON_DEVICE, ON_HOST, Outcome, Ring, Tensors, open_engine, wait
 from tests.native.stub_cuda import StubCuda
 
 if TYPE_CHECKING:
@@ -403,8 +403,8 @@ class TestTheInterpreterLock:
             return 0
 
         kernel = kernel_type(fail)
-        ring, targets = np.empty(4 * CHUNK, np.uint8), Targets(tensors, ON_HOST)
-        engine = Engine(device, ring.ctypes.data, CHUNK, threads=2, buffers=4, nice=0, retries=0, retry_delay=0.0)
+        targets = Targets(tensors, ON_HOST)
+        engine = Engine(device, Ring(4 * CHUNK), CHUNK, threads=2, buffers=4, nice=0, retries=0, retry_delay=0.0)
         job = tensors.job(tensors.open(), decode=ON_HOST, kernel=ctypes.cast(kernel, ctypes.c_void_p).value or 0)
         tensors.start(engine, job, targets.addresses)
         assert called.wait(60)
