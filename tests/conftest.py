@@ -144,7 +144,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     not_run: dict[str, list[str]] = {}
     for report in terminalreporter.getreports("skipped"):
         where: Any = report.longrepr
-        message = str(where[2]) if isinstance(where, tuple) else ""
+        message = str(where[2] if report.skipped else "")
         if found := _SKIPPED.fullmatch(message.removeprefix("Skipped: ")):
             not_run.setdefault(found[1], []).append(found[2])
     for need, reasons in not_run.items():

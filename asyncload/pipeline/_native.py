@@ -145,7 +145,7 @@ class NativeTransfer:
         self._news: Any = None  # the last
         self._landed = 0  # bytes
         self._missing = len(plan.tensors) - len(skip)  # tensors
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._scratch: Sequence[DeviceMemory] = ()
         self._admitted = 0
 
@@ -283,11 +283,11 @@ class NativeTransfer:
                 self._sink.landed(tensor)
             if news.moved:
                 self._sink.moved(news.moved)
-        except Exception as error:  # noqa: BLE001 - a callback's for example: it comes out of run
+        except BaseException as error:  # noqa: BLE001 - a callback's for example: it comes out of run, at the end
             self._fail(error)
         return bool(news.ended)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if self._error is None:
             self._error = error
         self._backend.engine.cancel(self._job)
