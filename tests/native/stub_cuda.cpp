@@ -91,12 +91,14 @@ struct Event {
 struct Work {
     std::function<CUresult()> run;      // without the lock
     std::vector<Range> ranges;          // what it reads and writes
+    bool upload = false;                // it comes over the bus
     std::shared_ptr<Mark> passes = {};  // the recording that it is
     std::shared_ptr<Mark> awaits = {};  // the recording that it waits for
 };
 
 struct Stream {
     std::deque<Work> work;
+    std::uint64_t enqueued = 0, ended = 0;  // work, ever
     bool closed = false;
 };
 
@@ -127,6 +129,7 @@ struct State {
     std::map<CUevent, std::unique_ptr<Event>> events;
     std::vector<std::unique_ptr<Kernel>> kernels;
     bool held = false;
+    bool stalled = false;
     std::chrono::nanoseconds delay{0};
     std::map<std::string, Fault> faults;
     std::map<std::string, std::size_t> calls;
@@ -135,12 +138,14 @@ struct State {
 
 State& state = *new State;
 thread_local CUcontext current = nullptr;
+thread_local std::size_t calls_here = 0;  // that this thread has made
 const CUcontext the_context = reinterpret_cast<CUcontext>(&state);
 
 using Lock = std::unique_lock<std::mutex>;
 
 // Counts a call, and returns the fault that strikes it.
 CUresult count(const std::string& function) {
+    ++calls_here;
     ++state.calls[function];
     if (const auto fault = state.faults.find(function); fault != state.faults.end() && --fault->second.calls == 0) {
         const CUresult code = fault->second.code;
@@ -175,9 +180,9 @@ void run(const std::shared_ptr<Stream>& stream) {
         Work& work = stream->work.front();  // stays where it is: until then the stream is not done
         if (work.run && state.broken == SUCCESS) {
             CUresult code = count("work");
-            const auto delay = state.delay;
+            const auto delay = work.upload ? state.delay : std::chrono::nanoseconds{0};
             lock.unlock();
-            std::this_thread::sleep_for(delay);
+            if (delay.count() > 0) std::this_thread::sleep_for(delay);
             if (code == SUCCESS) code = work.run();
             lock.lock();
             if (code != SUCCESS && state.broken == SUCCESS) state.broken = code;
@@ -187,6 +192,7 @@ void run(const std::shared_ptr<Stream>& stream) {
             work.passes->at = Clock::now();
         }
         stream->work.pop_front();
+        ++stream->ended;
         state.changed.notify_all();
     }
     state.threads.erase(stream);
@@ -197,6 +203,7 @@ CUresult enqueue(CUstream stream, Work work) {
     const auto found = state.streams.find(stream);
     if (found == state.streams.end()) return INVALID_HANDLE;
     found->second->work.push_back(std::move(work));
+    ++found->second->enqueued;
     state.changed.notify_all();
     return SUCCESS;
 }
@@ -220,13 +227,14 @@ void expect_no_work_on(const Range& range, const char* what) {
     }
 }
 
-CUresult copy(CUstream stream, Range target, Range source) {
+CUresult copy(CUstream stream, Range target, Range source, bool upload) {
     return enqueue(stream, {[target, source] {
                                 std::memcpy(pointer<void*>(target.address), pointer<const void*>(source.address),
                                             source.nbytes);
                                 return SUCCESS;
                             },
-                            {target, source}});
+                            {target, source},
+                            upload});
 }
 
 }  // namespace
@@ -417,7 +425,7 @@ CUresult cuStreamWaitEvent(CUstream stream, CUevent handle, unsigned) {
     if (const CUresult code = enter(__func__)) return code;
     const auto event = state.events.find(handle);
     if (event == state.events.end()) return INVALID_HANDLE;
-    return enqueue(stream, {{}, {}, {}, event->second->mark});
+    return enqueue(stream, {.run = {}, .ranges = {}, .awaits = event->second->mark});
 }
 
 CUresult cuEventCreate(CUevent* handle, unsigned flags) {
@@ -437,12 +445,13 @@ CUresult cuEventDestroy_v2(CUevent handle) {
 }
 
 CUresult cuEventRecord(CUevent handle, CUstream stream) {
-    const Lock lock(state.lock);
+    Lock lock(state.lock);
+    state.changed.wait(lock, [] { return !state.stalled; });
     if (const CUresult code = enter(__func__)) return code;
     const auto event = state.events.find(handle);
     if (event == state.events.end()) return INVALID_HANDLE;
     auto mark = std::make_shared<Mark>();
-    if (const CUresult code = enqueue(stream, {{}, {}, mark, {}})) return code;
+    if (const CUresult code = enqueue(stream, {.run = {}, .ranges = {}, .passes = mark})) return code;
     event->second->mark = std::move(mark);
     return SUCCESS;
 }
@@ -482,14 +491,14 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, std::size_
     const Lock lock(state.lock);
     if (const CUresult code = enter(__func__)) return code;
     if (!in_device_memory({target, nbytes})) return INVALID_VALUE;
-    return copy(stream, {target, nbytes}, range_of(source, nbytes));
+    return copy(stream, {target, nbytes}, range_of(source, nbytes), true);
 }
 
 CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, std::size_t nbytes, CUstream stream) {
     const Lock lock(state.lock);
     if (const CUresult code = enter(__func__)) return code;
     if (!in_device_memory({source, nbytes})) return INVALID_VALUE;
-    return copy(stream, range_of(target, nbytes), {source, nbytes});
+    return copy(stream, range_of(target, nbytes), {source, nbytes}, false);
 }
 
 CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, std::size_t nbytes, CUstream stream) {
@@ -528,7 +537,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned, unsigned
 // As it was when it was loaded, with this much device memory; what is left of the tests before is dropped.
 void stub_reset(std::size_t capacity) {
     Lock lock(state.lock);
-    state.held = false;
+    state.held = state.stalled = false;
     state.delay = {};
     for (const auto& [_, stream] : state.streams) stream->closed = true;
     state.streams.clear();
@@ -567,7 +576,29 @@ void stub_hold(bool held) {
     state.changed.notify_all();
 }
 
-// Each copy and kernel takes this much longer.
+// While it is stalled, a call of cuEventRecord does not return, as one does not behind another thread's allocation.
+void stub_stall(bool stalled) {
+    const Lock lock(state.lock);
+    state.stalled = stalled;
+    state.changed.notify_all();
+}
+
+// Returns when all has ended that is enqueued by now, on whatever stream.
+void stub_barrier() {
+    Lock lock(state.lock);
+    std::vector<std::pair<std::shared_ptr<Stream>, std::uint64_t>> before;
+    for (const auto& stream : state.threads) before.emplace_back(stream, stream->enqueued);
+    state.changed.wait(lock, [&] {
+        return std::ranges::all_of(before, [](const auto& each) { return each.first->ended >= each.second; });
+    });
+}
+
+// How many calls of the driver the calling thread has made.
+std::size_t stub_calls_here() {
+    return calls_here;
+}
+
+// Each copy to the device takes this much longer.
 void stub_delay(std::uint64_t nanoseconds) {
     const Lock lock(state.lock);
     state.delay = std::chrono::nanoseconds(nanoseconds);
@@ -588,6 +619,12 @@ std::int32_t stub_double(const unsigned char* source, unsigned char* target, std
         if (count(__func__) != SUCCESS) return 0;
     }
     for (std::intptr_t at = 0; at < n_blocks; ++at) target[2 * at] = target[2 * at + 1] = source[at];
+    return 1;
+}
+
+// A host kernel: sleeps for a microsecond a block.
+std::int32_t stub_sleep(const unsigned char*, unsigned char*, std::intptr_t n_blocks) {
+    std::this_thread::sleep_for(std::chrono::microseconds(n_blocks));
     return 1;
 }
 

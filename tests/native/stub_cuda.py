@@ -16,6 +16,7 @@ class StubCuda:
         self._library = ctypes.CDLL(self.path)
         self._library.stub_calls.restype = ctypes.c_size_t
         self._library.stub_live.restype = ctypes.c_size_t
+        self._library.stub_calls_here.restype = ctypes.c_size_t
         self._library.stub_kernel.restype = ctypes.c_void_p
         self._library.stub_violation.restype = ctypes.c_char_p
 
@@ -51,8 +52,21 @@ class StubCuda:
         """While held, no stream begins anything."""
         self._library.stub_hold(ctypes.c_bool(held))
 
+    def stall(self, stalled: bool) -> None:
+        """While stalled, no call of cuEventRecord returns."""
+        self._library.stub_stall(ctypes.c_bool(stalled))
+
+    def barrier(self) -> None:
+        """Waits until all has ended that is enqueued by now."""
+        self._library.stub_barrier()
+
+    @property
+    def calls_here(self) -> int:
+        """How many calls of the driver the calling thread has made."""
+        return int(self._library.stub_calls_here())
+
     def delay(self, seconds: float) -> None:
-        """Each copy and kernel takes this much longer."""
+        """Each copy to the device takes this much longer."""
         self._library.stub_delay(ctypes.c_uint64(int(seconds * 1e9)))
 
     def kernel(self, address: int, blocks_per_group: int) -> int:
@@ -63,6 +77,11 @@ class StubCuda:
     def double(self) -> int:
         """The address of a host kernel, which makes two of each byte; "stub_double" for ``fail`` and ``calls``."""
         return ctypes.cast(self._library.stub_double, ctypes.c_void_p).value or 0
+
+    @property
+    def sleep(self) -> int:
+        """The address of a host kernel, which sleeps for a microsecond a block."""
+        return ctypes.cast(self._library.stub_sleep, ctypes.c_void_p).value or 0
 
     def live(self, what: str) -> int:
         """How many there are of "contexts" (retained), "memory", "registered", "streams" or "events"."""

@@ -1,0 +1,166 @@
+"""Layers by the C++ threads on the stand-in driver, where copies and work wait for each other on the device."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncload.errors import DeviceError
+from asyncload.loader import Loader
+from asyncload.testing import LayerConformance, LayerRig, Wait, write_layers
+from asyncload.threads import run_in_thread
+from tests.layers.models import SMALL, open_stream
+from tests.native.stub_cuda import StubCuda
+from tests.native.stub_device import StubDevice, stub_rig
+
+pytestmark = pytest.mark.native
+
+OPTIONS = replace(SMALL, decode="device", engine="native")
+
+
+@pytest.fixture(params=[("asyncio", {"use_uvloop": False})], ids=["asyncio"])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """One event loop: what is shown here are waits on the device."""
+    return request.param
+
+
+class TestStubLayers(LayerConformance):
+    @pytest.fixture(autouse=True)
+    def _cuda(self, stub_cuda: StubCuda) -> None:
+        self.cuda = stub_cuda
+
+    def rig(self, *, lost: Wait | None = None) -> AbstractAsyncContextManager[LayerRig]:
+        return stub_rig(self.cuda, OPTIONS, lost=lost)
+
+    def in_use(self, loader: Loader) -> Sequence[object]:
+        live = [self.cuda.live(what) for what in ("memory", "registered", "streams")]
+        return [*super().in_use(loader), *live, loader._active().idle]
+
+
+@pytest.fixture
+def device(stub_cuda: StubCuda) -> Iterator[StubDevice]:
+    device = StubDevice(stub_cuda)
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def _without_turns() -> Iterator[None]:
+    """No thread loses the interpreter lock before it gives it up."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["slabs", "file"])
+async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cuda: StubCuda, host: str) -> None:
+    path = tmp_path / "model.gguf"
+    await run_in_thread(partial(write_layers, path, 12))
+    async with stub_rig(stub_cuda, OPTIONS) as rig, open_stream(rig.loader, path, host=host) as layers:
+        stream = stub_cuda.make("cuStreamCreate", 0)
+        before = stub_cuda.calls_here
+        for _ in range(3):
+            async for layer in layers:
+                with layer.on(stream):
+                    assert len(layer) > 0
+        assert stub_cuda.calls_here == before
+        assert stub_cuda.calls("cuStreamWaitEvent") > 0
+        await run_in_thread(rig.loader.tracker.flush)
+        assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
+
+
+@pytest.mark.usefixtures("_without_turns")
+def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(stub_cuda: StubCuda, device: StubDevice) -> None:
+    stream, turns, done = stub_cuda.make("cuStreamCreate", 0), 0, False
+    native = device.native()
+
+    def take_turns() -> None:
+        nonlocal turns
+        while not done:
+            turns += 1
+            ready.set()
+            stub_cuda.barrier()  # a call that gives the lock up, for who wants it
+
+    ready = threading.Event()
+    other = threading.Thread(target=take_turns)
+    other.start()
+    assert ready.wait(30)
+    before = turns
+    for _ in range(100):
+        _, began = native.begin_work(stream, [], patience=60.0)
+        native.begin_work(stream, [began], patience=60.0)
+        native.end_work(stream, patience=60.0)
+    assert turns == before
+    done = True
+    other.join()
+
+
+@pytest.mark.usefixtures("_without_turns")
+@pytest.mark.parametrize("call", ["begin", "end"])
+def test_the_lock_is_given_up_where_the_driver_lets_wait(stub_cuda: StubCuda, device: StubDevice, call: str) -> None:
+    work, stalled = device.adopt(stub_cuda.make("cuStreamCreate", 0)), threading.Event()
+
+    def go_on() -> None:
+        assert stalled.wait(30)
+        stub_cuda.stall(False)
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    stub_cuda.stall(True)
+    stalled.set()
+    if call == "begin":  # which would wait for ever
+        work.begin(())
+    else:
+        work.end()
+    other.join()
+
+
+def test_work_waits_on_the_device_for_what_it_comes_after(stub_cuda: StubCuda, device: StubDevice) -> None:
+    first, second = (device.adopt(stub_cuda.make("cuStreamCreate", 0)) for _ in range(2))
+    stub_cuda.hold(True)
+    _, began = first.begin(())
+    ready, behind = second.begin([began])
+    ended = second.end()
+    assert not any(event.done() for event in (began, ready, behind, ended))
+    stub_cuda.hold(False)
+    ended.synchronize()
+    assert all(event.done() for event in (began, ready, behind))
+    assert ended.seconds_since(began) >= 0
+
+
+@pytest.mark.parametrize("function", ["cuCtxSetCurrent", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"])
+def test_what_the_driver_refuses_is_said(stub_cuda: StubCuda, device: StubDevice, function: str) -> None:
+    work = device.adopt(stub_cuda.make("cuStreamCreate", 0))
+    stub_cuda.fail(function, 999)
+    with pytest.raises(DeviceError, match=function):
+        work.begin([work.end()] if function == "cuStreamWaitEvent" else ())
+
+
+def test_who_comes_after_the_end_calls_the_driver_himself(stub_cuda: StubCuda, device: StubDevice) -> None:
+    work = device.adopt(stub_cuda.make("cuStreamCreate", 0))
+    device.close()
+    before = stub_cuda.calls_here
+    work.end().synchronize()
+    assert stub_cuda.calls_here > before
+
+
+def test_events_are_used_again(stub_cuda: StubCuda, device: StubDevice) -> None:
+    work = device.adopt(stub_cuda.make("cuStreamCreate", 0))
+    work.end().synchronize()
+    live = stub_cuda.live("events")
+    for _ in range(10):
+        work.end().synchronize()
+    assert stub_cuda.live("events") == live
+    held = [work.end() for _ in range(3)]
+    assert stub_cuda.live("events") == live + 2
+    del held
