@@ -335,11 +335,13 @@ class NativeTransfer:
         if failure.kind in (kinds.READ, kinds.ENDED):
             number = failure.error_number or None
             return SourceReadError(
-                failure.what, url=source.url, offset=failure.offset, transient=failure.transient, errno=number
+                failure.what,
+                url=source.url,
+                offset=failure.offset,
+                transient=failure.transient,
+                errno=number,
+                tensor=name,
             )
+        raised = CopyError if failure.kind == kinds.COPY else DeviceError
         message, code = f"{device}: {failure.what}", failure.code or None
-        if failure.kind == kinds.COPY:
-            return CopyError(message, device=device, code=code, tensor=name)
-        error = DeviceError(message, device=device, code=code)
-        error.add_note(f"while {name} was on its way")
-        return error
+        return raised(message, device=device, code=code, tensor=name, offset=failure.offset)
