@@ -154,7 +154,8 @@ class NativeTransfer:
         times, wall = self._job.times(), time.perf_counter() - self._begin
         seconds = {"read": times.read, "decode": times.decode, "upload": times.upload}
         nbytes = {"read": times.read_nbytes, "decode": times.decoded_nbytes, "upload": times.uploaded_nbytes}
-        return load_stats(wall, stage_workers(self._backend.options), seconds, nbytes, self._landed, times.retries)
+        workers, reading = stage_workers(self._backend.options), self._job.reading
+        return load_stats(wall, workers, seconds, nbytes, self._landed, times.retries, reading)
 
     @property
     def copies(self) -> list[list[tuple[Event, Event]]]:

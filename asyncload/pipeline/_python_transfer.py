@@ -71,7 +71,8 @@ class PythonTransfer:
         self._backend, self._plan, self._sink = backend, plan, sink
         # asked once: isinstance of a protocol looks at all of its members
         self._sources = [(source, source if isinstance(source, BlockingSource) else None) for source in sources]
-        self._stats = Stats(backend.options)
+        kinds = sorted({type(source).__name__ for source in sources})
+        self._stats = Stats(backend.options, f"by Python, from {', '.join(kinds)}")
         self.copies: list[list[tuple[Event, Event]]] = [[] for _ in backend.streams]
         self._timed = timed
         self._chunks: Iterator[Chunk] = plan.chunks(skip)

@@ -42,6 +42,23 @@ async def test_files_are_read_by_the_engine_that_was_asked_for(
         assert opened._python is not None
 
 
+async def test_a_load_says_how_its_file_was_read(model_path: Path, small: Options, engine: EngineOption) -> None:
+    expected = {"python": "by Python, from FileSource", "native": "pread: too small to measure"}
+    async with Loader("host", options=small) as loader:
+        assert (await loader.load(model_path)).stats.reading == expected[engine]
+        source = MemorySource(model_path.read_bytes())
+        assert (await loader.load(source)).stats.reading == "by Python, from MemorySource"
+
+
+@pytest.mark.native
+@pytest.mark.nowait
+async def test_a_load_says_that_its_file_was_in_the_page_cache(tmp_path: Path) -> None:
+    size = 64 << 20  # that is not too small to ask
+    path = await run_in_thread(write_gguf, tmp_path / "model.gguf", {"tensor": (GGMLType.I8, (size,), bytes(size))})
+    async with Loader("host", options=Options(engine="native")) as loader:
+        assert (await loader.load(path)).stats.reading == "pread: in the page cache"
+
+
 async def test_a_closed_loader_leaves_no_thread(model_path: Path, small: Options) -> None:
     def threads() -> list[str]:
         return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
