@@ -77,7 +77,10 @@ class SourceChangedError(SourceError):
 
 
 class SourceReadError(SourceError, OSError):
-    """A read failed or ended early; ``errno`` is the system's number where there is one."""
+    """A read failed or ended early; ``errno`` is the system's number where there is one.
+
+    ``tensor`` names the first tensor of the chunk that was to be read; it is None for a header.
+    """
 
     def __init__(
         self,
@@ -87,9 +90,11 @@ class SourceReadError(SourceError, OSError):
         offset: int | None = None,
         transient: bool = False,
         errno: int | None = None,
+        tensor: str | None = None,
     ) -> None:
         super().__init__(message, url=url, offset=offset, transient=transient)
         self.errno = errno
+        self.tensor = tensor
 
 
 # What to do: another file.
@@ -241,12 +246,29 @@ class StalledError(PlanError, TimeoutError):
 
 
 class DeviceError(AsyncloadError):
-    """A device could not do what it was asked; ``device`` names it, ``code`` is the driver's name of the failure."""
+    """A device could not do what it was asked; ``device`` names it, ``code`` is the driver's name of the failure.
 
-    def __init__(self, message: str, *, device: str, code: str | None = None) -> None:
+    Where a load failed, ``tensor`` names the first tensor of the chunk that was on its way, and ``offset`` is the byte
+    in the file at which that chunk begins. Where a layer could not be brought into its slot, ``layer`` is its number;
+    out of host memory, it has neither of the former.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        device: str,
+        code: str | None = None,
+        tensor: str | None = None,
+        offset: int | None = None,
+        layer: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.device = device
         self.code = code
+        self.tensor = tensor
+        self.offset = offset
+        self.layer = layer
 
 
 class DeviceNotFoundError(DeviceError, LookupError):
@@ -258,11 +280,7 @@ class BackendUnavailableError(DeviceError, ImportError):
 
 
 class CopyError(DeviceError):
-    """A copy to the device failed; ``tensor`` names the tensor it belonged to, where known."""
-
-    def __init__(self, message: str, *, device: str, code: str | None = None, tensor: str | None = None) -> None:
-        super().__init__(message, device=device, code=code)
-        self.tensor = tensor
+    """A copy to the device failed."""
 
 
 class OutOfDeviceMemoryError(DeviceError, MemoryError):

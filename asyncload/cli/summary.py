@@ -49,6 +49,7 @@ class Summary:
                 for name, stage in self.stats.stages.items()
             },
             "bottleneck": self.stats.bottleneck,
+            "reading": plain(self.stats.reading),
         }
 
     def render(self) -> str:
@@ -60,6 +61,7 @@ class Summary:
             ("bytes", f"{format_size(stats.bytes_read)} read, {format_size(stats.bytes_uploaded)} uploaded"),
             ("seconds", f"{stats.wall:.3f}, {stats.rate / 1e9:.2f} GB/s"),
             ("bottleneck", stats.bottleneck),
+            ("reading", stats.reading),
         ]
         types: list[tuple[object, ...]] = [("type", "tensors", "bytes on device")]
         types += ((name, count, f"{self.nbytes[name]:,}") for name, count in self.tensors.items())

@@ -18,7 +18,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from asyncload.device import Event, WorkStream
-from asyncload.errors import ClosedError, StalledError
+from asyncload.errors import ClosedError, DeviceError, StalledError
 from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed, Ride, Sweep, Use, Work
 from asyncload.plan import LayerPlan
@@ -109,7 +109,7 @@ class Scheduler:
             if before is not None:  # its copies have ended: if one failed, nobody is given more than the slots had
                 await before.arrived.wait()
         except Exception as error:  # noqa: BLE001 - the rides raise it
-            self._fail(use.sweep, error)
+            self._fail(use, error)
         finally:
             self._feeding.release()
             use.fetched.set()
@@ -117,14 +117,16 @@ class Scheduler:
         try:
             await use.fed.arrival()
         except Exception as error:  # noqa: BLE001 - as above
-            self._fail(use.sweep, error)
+            self._fail(use, error)
         use.arrived.set()
 
     @staticmethod
-    def _fail(sweep: Sweep, error: Exception) -> None:
-        """Has the rides of a sweep raise an error at their next step."""
-        sweep.error = sweep.error or error
-        for use in sweep.uses:
+    def _fail(failed: Use, error: Exception) -> None:
+        """Has the rides of a sweep raise the error of one of its uses at their next step."""
+        if isinstance(error, DeviceError) and error.layer is None:
+            error.layer = failed.layer.number
+        failed.sweep.error = failed.sweep.error or error
+        for use in failed.sweep.uses:
             if use.slot is None:
                 use.fetched.set()
 

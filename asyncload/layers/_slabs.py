@@ -41,9 +41,9 @@ class Slabs:
         errors: list[Exception] = []
         room = anyio.Semaphore(self._engine.python.options.threads + 1)
 
-        async def work(read: Callable[[], Awaitable[None]]) -> None:
+        async def work(tensor: str, read: Callable[[], Awaitable[None]]) -> None:
             try:
-                await read_patiently(self._engine.python.options, read)
+                await read_patiently(self._engine.python.options, tensor, read)
             except Exception as error:  # noqa: BLE001 - raised below, without the task group's wrapping
                 errors.append(error)
                 group.cancel_scope.cancel()
@@ -51,19 +51,19 @@ class Slabs:
                 room.release()
 
         async with anyio.create_task_group() as group:
-            for read in self._reads(sources):
+            for tensor, read in self._reads(sources):
                 await room.acquire()
-                group.start_soon(work, read)
+                group.start_soon(work, tensor, read)
         if errors:
             raise errors[0]
 
-    def _reads(self, sources: Sequence[Source]) -> Iterator[Callable[[], Awaitable[None]]]:
-        """Reads that a thread makes in one go."""
+    def _reads(self, sources: Sequence[Source]) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+        """Reads that a thread makes in one go, each with its tensor's name."""
         for layer in self._layers:
             for tensor, offset, _ in places(layer):
                 slab, source = self._memory[layer.number].view[offset:], sources[tensor.info.part]
                 for piece in cut_tensor(tensor, self._engine.python.options.chunk_size):
-                    yield partial(self._read, tensor, piece, source, slab)
+                    yield tensor.info.name, partial(self._read, tensor, piece, source, slab)
 
     async def _read(self, tensor: TensorPlan, piece: Piece, source: Source, slab: memoryview) -> None:
         """Reads a piece to its place in the tensor's part of a slab, decoded if the host decodes."""

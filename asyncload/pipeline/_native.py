@@ -154,7 +154,8 @@ class NativeTransfer:
         times, wall = self._job.times(), time.perf_counter() - self._begin
         seconds = {"read": times.read, "decode": times.decode, "upload": times.upload}
         nbytes = {"read": times.read_nbytes, "decode": times.decoded_nbytes, "upload": times.uploaded_nbytes}
-        return load_stats(wall, stage_workers(self._backend.options), seconds, nbytes, self._landed, times.retries)
+        workers, reading = stage_workers(self._backend.options), self._job.reading
+        return load_stats(wall, workers, seconds, nbytes, self._landed, times.retries, reading)
 
     @property
     def copies(self) -> list[list[tuple[Event, Event]]]:
@@ -335,11 +336,13 @@ class NativeTransfer:
         if failure.kind in (kinds.READ, kinds.ENDED):
             number = failure.error_number or None
             return SourceReadError(
-                failure.what, url=source.url, offset=failure.offset, transient=failure.transient, errno=number
+                failure.what,
+                url=source.url,
+                offset=failure.offset,
+                transient=failure.transient,
+                errno=number,
+                tensor=name,
             )
+        raised = CopyError if failure.kind == kinds.COPY else DeviceError
         message, code = f"{device}: {failure.what}", failure.code or None
-        if failure.kind == kinds.COPY:
-            return CopyError(message, device=device, code=code, tensor=name)
-        error = DeviceError(message, device=device, code=code)
-        error.add_note(f"while {name} was on its way")
-        return error
+        return raised(message, device=device, code=code, tensor=name, offset=failure.offset)

@@ -21,7 +21,7 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncload.device import DeviceMemory, Event, Stream
-from asyncload.errors import CopyError, DeviceError
+from asyncload.errors import DeviceError
 from asyncload.memory import StagingBuffer
 from asyncload.pipeline._backend import Sink
 from asyncload.pipeline._read import read_patiently
@@ -71,7 +71,8 @@ class PythonTransfer:
         self._backend, self._plan, self._sink = backend, plan, sink
         # asked once: isinstance of a protocol looks at all of its members
         self._sources = [(source, source if isinstance(source, BlockingSource) else None) for source in sources]
-        self._stats = Stats(backend.options)
+        kinds = sorted({type(source).__name__ for source in sources})
+        self._stats = Stats(backend.options, f"by Python, from {', '.join(kinds)}")
         self.copies: list[list[tuple[Event, Event]]] = [[] for _ in backend.streams]
         self._timed = timed
         self._chunks: Iterator[Chunk] = plan.chunks(skip)
@@ -187,7 +188,7 @@ class PythonTransfer:
                 await source.read_into(chunk.offset, buffer.view[: chunk.nbytes])
             await self._backend.readers.run(self._decode, chunk, buffer)
 
-        await read_patiently(self._backend.options, read, self._stats.retried)
+        await read_patiently(self._backend.options, self._name(chunk), read, self._stats.retried)
 
     def _read_and_decode(self, source: BlockingSource, chunk: Chunk, buffer: StagingBuffer) -> None:
         with self._backend.spans.span(f"read {self._name(chunk)}"), self._stats.working("read", chunk.nbytes):
@@ -305,7 +306,7 @@ class PythonTransfer:
     def _name_tensor(self, error: BaseException, chunk: Chunk) -> None:
         """Says which tensor failed work belonged to."""
         name = self._name(chunk)
-        if isinstance(error, CopyError):
-            error.tensor = error.tensor or name
-        else:
+        if not isinstance(error, DeviceError):
             error.add_note(f"while {name} was on its way")
+        elif error.tensor is None:
+            error.tensor, error.offset = name, chunk.offset

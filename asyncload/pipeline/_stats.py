@@ -31,13 +31,14 @@ class LoadStats:
     """What a load took: ``wall`` seconds, ``stages`` by name (read, decode, upload), bytes, and retries of reads.
 
     ``nbytes`` are those of the tensors that landed. The stage "decode" is the host's; what the device decodes belongs
-    to "upload", as its kernels run behind the copies.
+    to "upload", as its kernels run behind the copies. ``reading`` says, for people, how the sources were read, and why.
     """
 
     wall: float
     stages: dict[str, StageStats]
     nbytes: int
     retries: int
+    reading: str
 
     @property
     def bytes_read(self) -> int:
@@ -70,13 +71,14 @@ def load_stats(  # noqa: PLR0917 - the sums, each once
     nbytes: Mapping[str, int],
     landed: int,
     retries: int,
+    reading: str,
 ) -> LoadStats:
     """A load's figures out of the sums for each stage."""
     stages = {
         stage: StageStats(seconds[stage], nbytes[stage], count, seconds[stage] / (wall * count) if wall else 0.0)
         for stage, count in workers.items()
     }
-    return LoadStats(wall, stages, landed, retries)
+    return LoadStats(wall, stages, landed, retries, reading)
 
 
 def stage_workers(options: Options) -> dict[str, int]:
@@ -85,9 +87,9 @@ def stage_workers(options: Options) -> dict[str, int]:
 
 
 class Stats:
-    """Collects a load's figures; thread-safe."""
+    """Collects a load's figures; thread-safe. ``reading`` says how its sources are read."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, reading: str) -> None:
         self._lock = threading.Lock()
         self._begin = begin = time.perf_counter()
         self._workers = stage_workers(options)
@@ -95,6 +97,7 @@ class Stats:
         self._nbytes = dict.fromkeys(self._workers, 0)
         self._upload_until = begin
         self._landed = 0
+        self._reading = reading
         self.retries = 0
 
     @contextmanager
@@ -126,4 +129,5 @@ class Stats:
         """The figures until now."""
         with self._lock:
             wall = time.perf_counter() - self._begin
-            return load_stats(wall, self._workers, self._seconds, self._nbytes, self._landed, self.retries)
+            sums = self._seconds, self._nbytes, self._landed, self.retries
+            return load_stats(wall, self._workers, *sums, self._reading)

@@ -88,7 +88,7 @@ class Engine::Worker {
             const auto bytes = place(lane, job, chunk, segments, in_place);
             if (!read(job, chunk, bytes)) return engine_.report(task, End::given_up);
             if (!decode(lane, job, segments, in_place))
-                flight.failure = describe(DeviceError("the decoding kernel failed", ""), Failure::Kind::decode, tensor);
+                flight.failure = describe(DeviceError("the decoding kernel failed", ""), Failure::Kind::decode, task);
             else if (job.stopped_)
                 return engine_.report(task, End::given_up);
             else
@@ -96,14 +96,14 @@ class Engine::Worker {
         } catch (const ReadError& error) {
             flight.failure = describe(error, tensor, chunk.file);
         } catch (const std::exception& error) {
-            flight.failure = describe(of_device(error), kind, tensor);
+            flight.failure = describe(of_device(error), kind, task);
         }
         if (!flight.enqueued) return land(std::move(flight));
         try {
             if (flight.begun) flight.event = device_.make_event(true);
             stream_->record(*flight.event);  // also after a failure: what was enqueued uses the buffer
         } catch (const DeviceError& error) {
-            if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, tensor);
+            if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, task);
             stream_->drain();
             flight.event = nullptr;  // it says nothing of this
         }
@@ -217,7 +217,7 @@ class Engine::Worker {
         try {
             if (flight.event) flight.event->synchronize();
         } catch (const DeviceError& error) {
-            if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, tensor);
+            if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, flight.task);
             stream_->drain();
         }
         job.spans_.note(Span::What::await_copies, index_, tensor, begin);
@@ -271,8 +271,10 @@ class Engine::Worker {
         return {kind, tensor, file, error.offset, error.error_number, error.transient(), {}, error.what()};
     }
 
-    static Failure describe(const DeviceError& error, Failure::Kind kind, std::uint32_t tensor) {
-        return {kind, tensor, 0, 0, 0, false, error.name(), error.what()};
+    static Failure describe(const DeviceError& error, Failure::Kind kind, const Task& task) {
+        const Chunk& chunk = *task.chunk;
+        const auto tensor = task.job->cut_.segments[chunk.first_segment].tensor;
+        return {kind, tensor, chunk.file, chunk.offset, 0, false, error.name(), error.what()};
     }
 
     Engine& engine_;

@@ -25,7 +25,7 @@ struct Failure {
     Kind kind = Kind::device;
     std::uint32_t tensor = 0;
     std::uint32_t file = 0;
-    std::uint64_t offset = 0;  // in the file
+    std::uint64_t offset = 0;  // in the file: of the read, or where the chunk begins
     int error_number = 0;      // of a read
     bool transient = false;    // it may pass by itself
     std::string code;          // the driver's

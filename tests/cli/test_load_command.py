@@ -27,6 +27,7 @@ def test_the_summary_has_bytes_stages_and_the_bottleneck(small_model: Path, caps
     assert ["F32", "1", "128"] in out
     assert {"read", "decode", "upload"} <= {line[0] for line in out if line}
     assert any(line[:1] == ["bottleneck"] and line[1] in {"read", "decode", "upload"} for line in out)
+    assert any(line[:1] == ["reading"] and len(line) > 1 for line in out)
 
 
 def test_json_says_the_same(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +38,7 @@ def test_json_says_the_same(small_model: Path, capsys: pytest.CaptureFixture[str
     assert found["bytes_read"] == found["bytes_uploaded"] == 4480
     assert found["stages"]["upload"]["bytes"] == 4480
     assert found["bottleneck"] in found["stages"]
+    assert found["reading"]
     assert found["seconds"] > 0
 
 

@@ -13,10 +13,10 @@ import pytest
 from asyncload.loader import Loader
 from asyncload.threads import run_in_thread
 from tests.layers.models import Content, make_model
-from tests.loader.conftest import engine, small
+from tests.loader.conftest import engine, failing_file, small
 from tests.loader.conftest import nothing_left as nothing_left_of_loads
 
-__all__ = ["engine", "nothing_left_of_loads", "small"]
+__all__ = ["engine", "failing_file", "nothing_left_of_loads", "small"]
 
 _PATIENCE = 20.0  # seconds; it matters only where something hangs
 

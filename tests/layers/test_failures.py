@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,16 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from asyncload.device import HostDevice, Stream
-from asyncload.errors import ClosedError, CopyError, StalledError
+from asyncload.errors import ClosedError, CopyError, SourceReadError, StalledError
 from asyncload.layers import Fed, Layer, Slot
-from asyncload.loader import LayerRide, LayerStream, Loader
+from asyncload.loader import LayerRide, LayerStream, Loader, read_header
 from asyncload.memory import Purpose
 from asyncload.options import EngineOption, Options
 from asyncload.plan import LayerPlan
 from asyncload.testing import NativeRaceDevice, RaceDevice
 from asyncload.threads import run_in_thread
 from tests.layers.models import Content, finish, layers_only, open_stream
+from tests.loader.conftest import FailingFile
 
 pytestmark = pytest.mark.anyio
 Six = tuple[Path, Content]
@@ -92,6 +94,25 @@ def content(six_layers: Six) -> Content:
     return layers_only({name: tensor.numpy().tobytes() for name, tensor in model.items()})
 
 
+# Reads
+
+
+async def test_a_read_that_fails_as_slabs_are_filled_names_a_tensor(
+    six_layers: Six, nothing_left: Any, small: Options, failing_file: FailingFile, engine: EngineOption
+) -> None:
+    first = 2 if engine == "native" else 3  # behind what stays on the device, and the header's in Python
+    source = failing_file(six_layers[0], dict.fromkeys(range(first, 1000), errno.EBADF))
+    async with Loader("host", options=small) as loader, nothing_left(loader):
+        with pytest.raises(SourceReadError) as caught:
+            async with open_stream(loader, source, **packed):
+                pass
+    header = await read_header(six_layers[0])
+    error = caught.value
+    assert error.tensor is not None
+    assert error.tensor.startswith("blk.")
+    assert error.offset == header.tensors[error.tensor].offset
+
+
 # Copies
 
 
@@ -118,10 +139,11 @@ async def test_a_copy_that_fails_on_its_way_reaches_all_rides_within_the_sweep(
         given: list[int] = []
 
         async def consume(ride: LayerRide) -> None:
-            with pytest.raises(CopyError):
+            with pytest.raises(CopyError) as caught:
                 async for layer in ride:
                     gpu.use(layer)
                     given.append(layer.number)
+            assert (caught.value.layer, caught.value.tensor, caught.value.offset) == (failing, None, None)
 
         rides = [layers.join() for _ in range(count)]
         with anyio.fail_after(PATIENCE):

@@ -481,11 +481,18 @@ async def test_a_copy_that_fails_reaches_the_ride_and_the_next_sweep_is_whole(
     ):
         consumer = layers.join() if joined else layers
         with anyio.fail_after(PATIENCE):
-            with pytest.raises(CopyError):
+            with pytest.raises(CopyError) as caught:
                 async for layer in consumer:
                     take(layer)
                     if layer.number == 1:
                         device.fail_upload(1, refused=refused)
+            error = caught.value
+            assert error.layer is not None
+            if host == "file":
+                assert error.layer == layers.header.tensors[error.tensor or ""].layer
+                assert error.offset
+            else:
+                assert (error.tensor, error.offset) == (None, None)
             for _ in range(2):
                 assert await sweep(consumer) == (ORDER, layers_only(six_layers[1]))
         if isinstance(consumer, LayerRide):

@@ -9,12 +9,14 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asyncload.device import HostDevice
+from asyncload.device._host_stream import HostStream
 from asyncload.errors import CopyError, DeviceError, OutOfDeviceMemoryError, SourceReadError
 from asyncload.events import Progress
 from asyncload.gguf import GGMLType
@@ -40,6 +42,23 @@ async def test_files_are_read_by_the_engine_that_was_asked_for(
         assert opened._python is not None
 
 
+async def test_a_load_says_how_its_file_was_read(model_path: Path, small: Options, engine: EngineOption) -> None:
+    expected = {"python": "by Python, from FileSource", "native": "pread: too small to measure"}
+    async with Loader("host", options=small) as loader:
+        assert (await loader.load(model_path)).stats.reading == expected[engine]
+        source = MemorySource(model_path.read_bytes())
+        assert (await loader.load(source)).stats.reading == "by Python, from MemorySource"
+
+
+@pytest.mark.native
+@pytest.mark.nowait
+async def test_a_load_says_that_its_file_was_in_the_page_cache(tmp_path: Path) -> None:
+    size = 64 << 20  # that is not too small to ask
+    path = await run_in_thread(write_gguf, tmp_path / "model.gguf", {"tensor": (GGMLType.I8, (size,), bytes(size))})
+    async with Loader("host", options=Options(engine="native")) as loader:
+        assert (await loader.load(path)).stats.reading == "pread: in the page cache"
+
+
 async def test_a_closed_loader_leaves_no_thread(model_path: Path, small: Options) -> None:
     def threads() -> list[str]:
         return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
@@ -56,6 +75,12 @@ def _returning(value: object) -> Callable[..., object]:
     return function
 
 
+async def chunks_of(path: Path, options: Options) -> dict[int, str]:
+    """Where in the file the chunks of a load begin, with the first tensor of each."""
+    plan = plan_load(await read_header(path), chunk_size=options.chunk_size)
+    return {chunk.offset: plan.tensors[chunk.segments[0].tensor].info.name for chunk in plan.chunks()}
+
+
 class TestFailures:
     async def test_of_a_read_say_where_and_why(
         self, model_path: Path, small: Options, failing_file: FailingFile
@@ -64,10 +89,10 @@ class TestFailures:
         async with Loader("host", options=small) as loader:
             with pytest.raises(SourceReadError) as caught:
                 await loader.load(source)
-        error, plan = caught.value, plan_load(await read_header(model_path), chunk_size=small.chunk_size)
+        error = caught.value
         assert str(error) == f"{model_path}: {os.strerror(errno.EBADF)}"
         assert (error.url, error.errno, error.transient) == (str(model_path), errno.EBADF, False)
-        assert error.offset in {chunk.offset for chunk in plan.chunks()}
+        assert (error.offset, error.tensor) in (await chunks_of(model_path, small)).items()
         assert error.partial is not None
         error.partial.close()
 
@@ -79,16 +104,31 @@ class TestFailures:
             with pytest.raises(SourceReadError) as caught:
                 await loader.load(source)
         assert (caught.value.errno, caught.value.transient) == (errno.EIO, True)
+        assert (caught.value.offset, caught.value.tensor) in (await chunks_of(model_path, small)).items()
 
-    async def test_of_copies_name_a_tensor_and_the_device(self, model_path: Path, small: Options) -> None:
+    async def test_of_copies_name_the_device_and_a_tensor_and_say_where(self, model_path: Path, small: Options) -> None:
         device = HostDevice()
         async with Loader(device, options=small) as loader:
             device.fail_upload(9)
             with pytest.raises(CopyError, match=r"host: a copy .*failed, as a test asked") as caught:
                 await loader.load(model_path)
-            assert (caught.value.device, caught.value.code) == ("host", None)
-            header = await read_header(model_path)
-            assert header.tensors[caught.value.tensor or ""].nbytes
+        error = caught.value
+        assert (error.device, error.code, error.layer) == ("host", None, None)
+        assert (error.offset, error.tensor) in (await chunks_of(model_path, small)).items()
+
+    @pytest.mark.parametrize("engine", ["python"])
+    async def test_of_a_kernel_in_python_name_a_tensor(
+        self, model_path: Path, small: Options, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def decode(*_: object) -> None:
+            raise DeviceError("host: the decoding kernel failed", device="host")
+
+        async with Loader("host", options=replace(small, decode="device")) as loader:
+            monkeypatch.setattr(HostStream, "decode", decode)
+            with pytest.raises(DeviceError, match="decoding kernel failed") as caught:
+                await loader.load(model_path, dtype="bf16")
+        assert caught.value.tensor in (await read_header(model_path)).tensors
+        assert caught.value.offset
 
     @pytest.mark.native
     @pytest.mark.parametrize("decode", ["host", "device"])
@@ -104,9 +144,8 @@ class TestFailures:
             async with nothing_left(loader):
                 with pytest.raises(DeviceError, match="decoding kernel failed") as caught:
                     await loader.load(model_path, dtype="bf16")
-                notes = " ".join(getattr(caught.value, "__notes__", []))
-                name = caught.value.tensor if isinstance(caught.value, CopyError) else notes.split()[1]
-                assert name in (await read_header(model_path)).tensors
+                assert caught.value.tensor in (await read_header(model_path)).tensors
+                assert caught.value.offset
                 assert caught.value.partial is not None
                 caught.value.partial.close()
                 await run_in_thread(loader.tracker.flush)

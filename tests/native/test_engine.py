@@ -213,7 +213,8 @@ class TestFailures:
         failure = self.fail(tensors, device, job, Targets(tensors, decode)).failure
         assert failure is not None
         assert (failure.kind, failure.what) == (FailureKind.COPY, "a copy failed, as a test asked")
-        assert SIZES[failure.tensor]
+        begin = tensors.offsets[failure.tensor]
+        assert begin <= failure.offset < begin + SIZES[failure.tensor]
 
     @pytest.mark.parametrize("decode", [ON_HOST, ON_DEVICE])
     @pytest.mark.parametrize("number", [1, 4])
@@ -225,7 +226,8 @@ class TestFailures:
         failure = self.fail(tensors, device, job, Targets(tensors, decode)).failure
         assert failure is not None
         assert "decoding kernel failed" in failure.what
-        assert SIZES[failure.tensor]
+        begin = tensors.offsets[failure.tensor]
+        assert begin <= failure.offset < begin + SIZES[failure.tensor]
 
     def test_what_has_failed_is_moved_by_the_next_job(self, tensors: Tensors, device: HostDevice) -> None:
         targets = Targets(tensors)

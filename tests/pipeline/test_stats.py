@@ -12,7 +12,7 @@ def stats(read: float, decode: float, upload: float) -> LoadStats:
         name: StageStats(seconds=share * workers, nbytes=100, workers=workers, utilization=share)
         for name, share, workers in (("read", read, 4), ("decode", decode, 4), ("upload", upload, 1))
     }
-    return LoadStats(wall=1.0, stages=stages, nbytes=200, retries=0)
+    return LoadStats(wall=1.0, stages=stages, nbytes=200, retries=0, reading="not at all")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_the_busiest_stage_is_the_bottleneck(read: float, decode: float, upload:
 
 
 def test_copies_that_overlap_count_once() -> None:
-    collected = Stats(Options(threads=2))
+    collected = Stats(Options(threads=2), "by a test")
     begin = collected._begin
     collected.uploaded(begin + 1.0, begin + 2.0, 10, 40)
     collected.uploaded(begin + 1.5, begin + 2.5, 10, 40)
@@ -34,10 +34,11 @@ def test_copies_that_overlap_count_once() -> None:
     assert result.bytes_uploaded == 30
     assert result.nbytes == 90
     assert result.rate == result.nbytes / result.wall
+    assert result.reading == "by a test"
 
 
 def test_work_that_raises_counts_no_bytes() -> None:
-    collected = Stats(Options(threads=2))
+    collected = Stats(Options(threads=2), "by a test")
     with collected.working("read", 7):
         pass
     with pytest.raises(LookupError), collected.working("read", 7):
