@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import logging
 import os
 import resource
 import threading
@@ -26,13 +27,14 @@ from asyncload.source import NativeFileSource, open_source
 from asyncload.testing import synthesize, write_layers
 from asyncload.threads import run_in_thread
 from tests.layers.models import SMALL, open_stream
-from tests.native.jobs import CHUNK, Ring, Tensors, open_engine, wait
+from tests.native.jobs import CHUNK, ON_HOST, Ring, Tensors, open_engine, wait
 from tests.native.stub_cuda import StubCuda
 
 pytestmark = pytest.mark.native
 
 NATIVE = replace(SMALL, engine="native")
 HOUR = 3600.0
+HostKernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)
 
 
 @contextmanager
@@ -70,15 +72,23 @@ def device_with_copies() -> Any:
     return device
 
 
-def test_a_load_does_not_wait_for_the_slow_file_of_another(tmp_path: Path) -> None:
+def test_a_load_does_not_wait_for_another_that_takes_long(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def decode(*_: int) -> int:
+        return int(go_on.wait(60))
+
+    function = HostKernel(decode)
     quick, slow = Load(tmp_path / "quick", [1000]), Load(tmp_path / "slow", [1000])
-    slow.file.fail_read(1, errno.EIO)
-    with open_engine(device_with_copies(), threads=1, buffers=2, retry_delay=HOUR) as engine:
+    kernel = ctypes.cast(function, ctypes.c_void_p).value or 0
+    slow.job = slow.tensors.job(slow.file, decode=ON_HOST, kernel=kernel)
+    slow.memory = [np.zeros(2000, np.uint8)]
+    with open_engine(device_with_copies(), threads=1, buffers=2) as engine:
         quick.start(engine)
         slow.start(engine)
         assert wait(quick.job).failure is None
         assert quick.right()
-        engine.cancel(slow.job)
+        go_on.set()
         wait(slow.job)
 
 
@@ -197,7 +207,8 @@ def test_no_descriptor_left_for_layers_is_an_error_of_the_device(tmp_path: Path)
     assert caught.value.errno == errno.EMFILE
 
 
-def test_a_path_is_any_bytes(tmp_path: Path) -> None:
+def test_a_path_is_any_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "asyncload.load")  # such a path goes through no pipe to another pytest
     path = tmp_path / os.fsdecode(b"f\xff.gguf")
     synthesize(path, preset="tiny", quant="Q4_0")
     with blocking.load(path, device="host", options=NATIVE) as model:
