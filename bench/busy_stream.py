@@ -70,98 +70,111 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.layers, arguments.width, arguments.inner, arguments.passes = 6, 1024, 1280, 2
     shape = Shape(arguments.width, (arguments.inner,) * arguments.layers)
     rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        """Shows and writes what there is: what comes after may never end."""
+        rows.append(row)
+        print(
+            f"{row.consumer}, C/T {row.ratio}, {row.spinning} spinning: {row.wall:.4f} s, {row.of_idle:.3f}", flush=True
+        )
+        write_record(arguments.json, "busy_stream", {"rows": [*map(asdict, rows)], "goals": _goals(rows)})
+
     with TemporaryDirectory(prefix="asyncload-bench-") as folder:
         for type_ in (GGMLType.BF16, GGMLType.Q4_K):
             path = write_model(Path(folder) / "model.gguf", shape, type_)
-            rows += run_async(partial(_measure, path, type_.name, arguments.slots, arguments.passes))
+            run_async(partial(_Sweeps(type_.name, arguments.slots, arguments.passes, add).measure, path))
             path.unlink()
     heading = ("consumer", "C/T", "spinning", "seconds a pass", "of idle")
     cells = [(row.consumer, row.ratio, row.spinning, f"{row.wall:.4f}", f"{row.of_idle:.3f}") for row in rows]
     print_table("Passes while Python threads spin", [heading, *cells])
-    goals = [
+    for goal in _goals(rows):
+        print(goal)
+    return 0
+
+
+def _goals(rows: Sequence[Row]) -> list[str]:
+    """What was to be reached, and whether it was."""
+    return [
         f"{row.consumer}, C/T {row.ratio}: {row.of_idle:.3f} of its idle wall, "
         f"{'at' if row.of_idle <= _LARGEST else 'NOT at'} most {_LARGEST}"
         for row in rows
         if row.spinning == 1 and row.consumer.endswith("C++")
     ]
-    for goal in goals:
-        print(goal)
-    write_record(arguments.json, "busy_stream", {"rows": [*map(asdict, rows)], "goals": goals})
-    return 0
 
 
-async def _measure(path: Path, name: str, slots: int, passes: int) -> list[Row]:
-    """Both consumers of one model."""
-    async with Loader("cuda") as loader:
-        await loader.warm_up(["bf16"])
-        rows = await _consumed_in_cpp(loader, path, name, slots, passes)
-        stream = loader.stream(path, dtype="bf16", slots=slots, allow=["stream"], host="slabs", workspace=0, kv_bytes=0)
-        async with stream as layers:
-            rows += await _consumed_in_python(layers, name, slots, passes, rows[0].wall)
-    return rows
+@dataclass(frozen=True, slots=True)
+class _Sweeps:
+    """Passes of one model, called ``name``, and what becomes of each row."""
 
+    name: str
+    slots: int
+    passes: int
+    add: Callable[[Row], None]
 
-async def _consumed_in_cpp(loader: Loader, path: Path, name: str, slots: int, passes: int) -> list[Row]:
-    async with _open_feed(loader, path, slots) as (feed, addresses, n_layers):
-        native: Any = import_module("asyncload_native")
-        backend = loader._active().native
-        assert backend is not None
-        code, kernel = _compile(backend.device.info.index)
+    async def measure(self, path: Path) -> None:
+        """Both consumers."""
+        async with Loader("cuda") as loader:
+            await loader.warm_up(["bf16"])
+            copies = await self._consumed_in_cpp(loader, path)
+            arguments: dict[str, Any] = {"allow": ["stream"], "host": "slabs", "workspace": 0, "kv_bytes": 0}
+            async with loader.stream(path, dtype="bf16", slots=self.slots, **arguments) as layers:
+                await self._consumed_in_python(layers, copies)
 
-        async def sweep(nanoseconds: int) -> float:
-            consume = partial(
-                native.consume,
-                feed,
-                backend.device.native(),
-                addresses,
-                passes=1,
-                kernel=kernel,
-                amount=nanoseconds,
-            )
-            return float(await anyio.to_thread.run_sync(consume))
+    async def _consumed_in_cpp(self, loader: Loader, path: Path) -> float:
+        """Returns the seconds that a pass's copies take."""
+        async with _open_feed(loader, path, self.slots) as (feed, addresses, n_layers):
+            native: Any = import_module("asyncload_native")
+            backend = loader._active().native
+            assert backend is not None
+            code, kernel = _compile(backend.device.info.index)
 
-        await sweep(1)
-        copy = statistics.median([await sweep(1) for _ in range(passes)]) / n_layers
-        rows: list[Row] = []
+            async def sweep(nanoseconds: int) -> float:
+                consume = partial(
+                    native.consume,
+                    feed,
+                    backend.device.native(),
+                    addresses,
+                    passes=1,
+                    kernel=kernel,
+                    amount=nanoseconds,
+                )
+                return float(await anyio.to_thread.run_sync(consume))
+
+            await sweep(1)
+            copies = statistics.median([await sweep(1) for _ in range(self.passes)])
+            for ratio in _RATIOS:
+                consumed = partial(sweep, max(1, int(copies / n_layers * ratio * 1e9)))
+                await self._beside_spinners("C++", ratio, consumed, _SPINNERS)
+            del code
+        return copies
+
+    async def _consumed_in_python(self, layers: LayerStream, copies: float) -> None:
+        kernel = SleepingKernel()
+        stream = kernel.stream()
+
+        async def sweep(seconds: float) -> float:
+            begin = time.perf_counter()
+            async for layer in layers:
+                with layer.on(stream):
+                    kernel.sleep(stream, seconds)
+            await anyio.to_thread.run_sync(stream.sync)
+            return time.perf_counter() - begin
+
+        await sweep(0.0)
         for ratio in _RATIOS:
-            rows += await _beside_spinners(
-                f"{name}, {slots} slots, C++", ratio, passes, partial(sweep, max(1, int(copy * ratio * 1e9))), _SPINNERS
-            )
-        del code
-    return rows
+            seconds = copies / len(layers.plan.layers) * ratio
+            await self._beside_spinners("Python", ratio, partial(sweep, seconds), _SPINNERS[:2])
 
-
-async def _consumed_in_python(layers: LayerStream, name: str, slots: int, passes: int, copies: float) -> list[Row]:
-    kernel = SleepingKernel()
-    stream = kernel.stream()
-
-    async def sweep(seconds: float) -> float:
-        begin = time.perf_counter()
-        async for layer in layers:
-            with layer.on(stream):
-                kernel.sleep(stream, seconds)
-        await anyio.to_thread.run_sync(stream.sync)
-        return time.perf_counter() - begin
-
-    await sweep(0.0)
-    rows: list[Row] = []
-    for ratio in _RATIOS:
-        seconds = copies / len(layers.plan.layers) * ratio
-        consumer = f"{name}, {slots} slots, Python"
-        rows += await _beside_spinners(consumer, ratio, passes, partial(sweep, seconds), _SPINNERS[:2])
-    return rows
-
-
-async def _beside_spinners(
-    consumer: str, ratio: float, passes: int, sweep: Callable[[], Awaitable[float]], spinners: Sequence[int]
-) -> list[Row]:
-    rows: list[Row] = []
-    for count in spinners:
-        with spinning(count):
-            runs = [await sweep() for _ in range(passes)]
-        wall = statistics.median(runs)
-        rows.append(Row(consumer, ratio, count, runs, wall, wall / (rows[0].wall if rows else wall)))
-    return rows
+    async def _beside_spinners(
+        self, consumer: str, ratio: float, sweep: Callable[[], Awaitable[float]], spinners: Sequence[int]
+    ) -> None:
+        idle: float | None = None
+        for count in spinners:
+            with spinning(count):
+                runs = [await sweep() for _ in range(self.passes)]
+            wall = statistics.median(runs)
+            idle = idle or wall
+            self.add(Row(f"{self.name}, {self.slots} slots, {consumer}", ratio, count, runs, wall, wall / idle))
 
 
 @asynccontextmanager
