@@ -88,7 +88,6 @@ def failing_file(engine: EngineOption) -> Iterator[FailingFile]:
 
 
 def _descriptors() -> int:
-    gc.collect()  # files in the tracebacks of tests before
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -100,7 +99,8 @@ def _threads() -> set[str]:
 async def _nothing_left(loader: Loader) -> AsyncGenerator[None]:
     """After the block everything is as before it: staging, device memory, threads, descriptors."""
     engine = loader._active()
-    await run_in_thread(engine.tracker.flush)  # what was closed before is not the block's
+    gc.collect()  # files in the tracebacks of tests before are not the block's
+    await run_in_thread(engine.tracker.flush)  # nor is what was closed before
     assert engine.idle
     before = engine.tracker.total, _descriptors()
     device = engine.device

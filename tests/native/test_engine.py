@@ -322,7 +322,6 @@ class TestTheEnd:
             finish()
             while engine.busy:
                 time.sleep(0.001)
-        del work
         assert descriptors() == before
 
 

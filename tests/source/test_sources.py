@@ -15,7 +15,6 @@ from asyncload.threads import run_in_thread
 
 
 def descriptors() -> int:
-    gc.collect()  # files in the tracebacks of tests before
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -150,6 +149,7 @@ class TestAFile:
         source.close()
 
     def test_closing_gives_the_descriptor_back_once(self, path: Path, native: bool) -> None:
+        gc.collect()  # files in the tracebacks of tests before
         before = descriptors()
         source = open_source(path, native=native)
         assert descriptors() == before + 1
