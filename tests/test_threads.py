@@ -89,9 +89,8 @@ async def test_settle_returns_at_once_when_there_is_nothing_to_wait_for() -> Non
 
 @pytest.mark.anyio
 async def test_a_thread_of_its_own_has_ended_on_return() -> None:
-    before = threading.active_count()
     await run_in_thread(lambda: None)
-    assert threading.active_count() == before
+    assert "asyncload-once" not in [thread.name for thread in threading.enumerate()]  # other tests' threads may end
 
 
 def test_threads_are_nicer_than_the_process() -> None:

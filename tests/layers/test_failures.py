@@ -267,22 +267,24 @@ async def test_a_ride_that_idles_alone_is_left_behind_for_those_that_wait(
         nothing_left(loader),
         open_stream(loader, six_layers[0], **packed) as layers,
     ):
-        idle, swept = layers.join(), anyio.Event()
+        idle, stalls, swept = layers.join(), anyio.Event(), anyio.Event()
 
         async def stall() -> None:
             gpu.use(await anext(idle))
             kept = await anext(idle) if where != "between" else None
             if kept is not None and where == "inside":
                 with kept.on(gpu.stream):
+                    stalls.set()
                     await swept.wait()
+            stalls.set()
             await swept.wait()
             with pytest.raises(StalledError):
                 await anext(idle)
 
         async with anyio.create_task_group() as group:
             group.start_soon(stall)
-            await anyio.wait_all_tasks_blocked()
             with anyio.fail_after(PATIENCE):
+                await stalls.wait()
                 later = layers.join()
                 for _ in range(2):
                     assert await gpu.sweep(later) == content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -21,6 +22,11 @@ from asyncload.loader import Loader
 from asyncload.model import Model
 from asyncload.options import DecodeOption, Options
 from asyncload.threads import run_in_thread
+from tests.loader.conftest import FailingFile
+
+# A read fails in passing, and is made again after an hour: no load of such a file ends by itself.
+NEVER_WHOLE = {9: errno.EIO}
+HOUR = 3600.0
 
 
 @pytest.fixture(params=["host", "device"])
@@ -81,9 +87,34 @@ async def test_a_scope_cancelled_at_every_suspension(
                 assert loader._active().idle
             else:
                 pytest.fail("the load never completed")
-            assert turn > 2, "while it is opened, and while it moves"
             await check_whole(loader, model_path, expected, dtype)
             await run_in_thread(loader.tracker.flush)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("dtype", "decode"), [("packed", "auto"), ("bf16", "host"), ("bf16", "device")])
+async def test_a_scope_cancelled_while_a_load_moves(
+    model_path: Path,
+    nothing_left: Any,
+    failing_file: FailingFile,
+    small: Options,
+    *,
+    dtype: str,
+    decode: DecodeOption,
+) -> None:
+    never_whole = failing_file(model_path, NEVER_WHOLE)
+    options = replace(small, decode=decode, retry_delay=HOUR)
+    async with Loader(slow_device(), options=options) as loader, nothing_left(loader):
+        with anyio.CancelScope() as scope:
+
+            def cancel(progress: Progress) -> None:
+                if progress.stage == "load":
+                    scope.cancel()
+
+            await loader.load(never_whole, dtype=dtype, progress=cancel)
+        assert scope.cancelled_caught
+        assert loader._active().idle
+        await run_in_thread(loader.tracker.flush)
 
 
 @pytest.mark.asyncio
@@ -171,19 +202,23 @@ async def test_cancelled_after_any_chunk(model_path: Path, nothing_left: Any, op
 
 
 @pytest.mark.asyncio
-async def test_asyncio_timeout(model_path: Path, nothing_left: Any, options: Options) -> None:
-    async with Loader(HostDevice(bandwidth=5e6, poison=True), options=options) as loader, nothing_left(loader):
+async def test_asyncio_timeout(
+    model_path: Path, nothing_left: Any, options: Options, failing_file: FailingFile
+) -> None:
+    never_whole = failing_file(model_path, NEVER_WHOLE)
+    async with Loader(slow_device(), options=replace(options, retry_delay=HOUR)) as loader, nothing_left(loader):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await loader.load(model_path, dtype="bf16")
+                await loader.load(never_whole, dtype="bf16")
 
 
 @pytest.mark.asyncio
 async def test_the_end_of_the_loop_cancels_every_task_of_a_load(
-    model_path: Path, nothing_left: Any, options: Options
+    model_path: Path, nothing_left: Any, options: Options, failing_file: FailingFile
 ) -> None:
     """As ``asyncio.run`` does: all tasks natively, the pipeline's own too, again and again."""
-    async with Loader(slow_device(), options=options) as loader, nothing_left(loader):
+    never_whole = failing_file(model_path, NEVER_WHOLE)
+    async with Loader(slow_device(), options=replace(options, retry_delay=HOUR)) as loader, nothing_left(loader):
         started = anyio.Event()
         before = asyncio.all_tasks()
 
@@ -191,7 +226,7 @@ async def test_the_end_of_the_loop_cancels_every_task_of_a_load(
             if progress.stage == "load":  # all tasks have begun: anyio cannot close a coroutine that has not
                 started.set()
 
-        load = asyncio.ensure_future(loader.load(model_path, dtype="bf16", progress=begun))
+        load = asyncio.ensure_future(loader.load(never_whole, dtype="bf16", progress=begun))
         await started.wait()
         while not load.done():
             for task in asyncio.all_tasks() - before:
@@ -202,14 +237,18 @@ async def test_the_end_of_the_loop_cancels_every_task_of_a_load(
 
 
 @pytest.mark.anyio
-async def test_one_of_two_loads_is_cancelled(model_path: Path, nothing_left: Any, options: Options) -> None:
-    async with Loader(slow_device(), options=options) as loader:
+async def test_one_of_two_loads_is_cancelled(
+    model_path: Path, nothing_left: Any, options: Options, failing_file: FailingFile
+) -> None:
+    async with Loader(slow_device(), options=replace(options, retry_delay=HOUR)) as loader:
         expected = await loader.load(model_path, dtype="bf16")
         async with nothing_left(loader):
             for _ in range(10):
+                never_whole = failing_file(model_path, NEVER_WHOLE)
                 async with anyio.create_task_group() as group:
                     group.start_soon(check_whole, loader, model_path, expected, "bf16")
                     with anyio.CancelScope() as scope:
-                        await loader.load(model_path, dtype="bf16", progress=lambda _, s=scope: s.cancel())
+                        await loader.load(never_whole, dtype="bf16", progress=lambda _, s=scope: s.cancel())
                     assert scope.cancelled_caught
+                await never_whole.aclose()
             await run_in_thread(loader.tracker.flush)

@@ -12,6 +12,7 @@ import textwrap
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from asyncload.errors import (
     SourceReadError,
 )
 from asyncload.events import Progress, ProgressStream
-from asyncload.loader import Loader, load
+from asyncload.gguf import GGMLType
+from asyncload.loader import Loader, load, read_header
 from asyncload.options import EngineOption, Options
 from asyncload.source import Source
 from asyncload.threads import run_in_thread
-from tests.loader.conftest import FailingFile
+from tests.loader.conftest import LATE_READ, FailingFile
 
 pytestmark = pytest.mark.anyio
 
@@ -71,8 +73,9 @@ async def test_a_dropped_error_frees_its_partial_without_the_collector(
             except SourceReadError as error:
                 failed = error.partial is not None
             assert failed
-            await run_in_thread(loader.tracker.flush)
-            assert loader.tracker.total == 0
+            with anyio.fail_after(20):  # a thread of a pool may hold the error a moment longer
+                while loader.tracker.total:
+                    await run_in_thread(loader.tracker.flush)
 
 
 @pytest.mark.parametrize("name", ["asyncload-stream", "asyncload-events"])  # the Python engine's
@@ -144,10 +147,11 @@ class TestAFailingFree:
             assert caught.value.partial is not None
             caught.value.partial.close()
 
-    async def test_nor_before_a_cancellation(self, model_path: Path, small: Options) -> None:
-        async with Loader(self.Sticky(bandwidth=20e6), options=small) as loader:
+    async def test_nor_before_a_cancellation(self, model_path: Path, small: Options, failing_file: FailingFile) -> None:
+        never_whole = failing_file(model_path, {9: errno.EIO})  # a chunk of it comes after an hour
+        async with Loader(self.Sticky(bandwidth=20e6), options=replace(small, retry_delay=3600.0)) as loader:
             with anyio.CancelScope() as scope:
-                await loader.load(model_path, progress=lambda _: scope.cancel())
+                await loader.load(never_whole, progress=lambda _: scope.cancel())
             assert scope.cancelled_caught
 
 
@@ -163,7 +167,7 @@ class TestResuming:
     ) -> None:
         device = HostDevice()
         async with Loader(device, options=small) as loader:
-            source = failing_file(model_path, {12: errno.EBADF})
+            source = failing_file(model_path, {LATE_READ: errno.EBADF})
             partial = await self.partial(loader, source)
 
             def refuse(nbytes: int) -> None:
@@ -181,15 +185,16 @@ class TestResuming:
         self, model_path: Path, small: Options, failing_file: FailingFile
     ) -> None:
         async with Loader("host", options=small) as loader:
-            source = failing_file(model_path, {12: errno.EBADF})
+            source = failing_file(model_path, {LATE_READ: errno.EBADF})
             partial = await self.partial(loader, source)
             arrived = max(partial.tensors.values(), key=lambda tensor: tensor.nbytes)
-            async with loader.tensors(model_path) as stream:
-                missing = next(info for info in stream.header.tensors.values() if info.name not in partial.names)
+            tensors = (await read_header(model_path)).tensors.values()
+            missing = min((info for info in tensors if info.name not in partial.names), key=lambda info: info.nbytes)
             over = arrived.numpy().reshape(-1).view(np.uint8)[: missing.nbytes]
-            if over.nbytes == missing.nbytes:
-                with pytest.raises(PlanError, match=r"lies over|cannot be filled|tensor is"):
-                    await loader.load(source, into={missing.name: over}, resume=partial)
+            if missing.type is GGMLType.F32:
+                over = over.view(np.float32)
+            with pytest.raises(PlanError, match=f"given for {missing.name} lies over {arrived.name}"):
+                await loader.load(source, into={missing.name: over}, resume=partial)
             partial.close()
 
 

@@ -17,7 +17,7 @@ from asyncload.loader import Loader
 from asyncload.model import Tensor
 from asyncload.options import Options
 from asyncload.threads import run_in_thread
-from tests.loader.conftest import FailingFile
+from tests.loader.conftest import LATE_READ, FailingFile
 
 
 async def idle(loader: Loader) -> None:
@@ -100,7 +100,7 @@ async def test_an_exception_in_the_consumer_comes_out_as_it_is(
 async def test_an_error_of_the_source_comes_after_the_tensors_before_it(
     model_path: Path, nothing_left: Any, small: Options, failing_file: FailingFile
 ) -> None:
-    source = failing_file(model_path, {10: errno.EBADF})
+    source = failing_file(model_path, {LATE_READ: errno.EBADF})
     async with Loader("host", options=small) as loader, nothing_left(loader):
         count = 0
         with pytest.raises(SourceReadError):

@@ -22,12 +22,13 @@ from tests.native.jobs import CHUNK, NOWHERE, ON_DEVICE, ON_HOST, Outcome, Ring,
 from tests.native.stub_cuda import StubCuda
 
 if TYPE_CHECKING:
-    from asyncload_native import HostDevice
+    from asyncload_native import Event, HostDevice, Job
 
 pytestmark = pytest.mark.native
 
 SIZES = [3 * CHUNK + 17, 100, 0, 5000, CHUNK, 1, 2 * CHUNK, 40_000, 31_000, 9]
 PLACES = [NOWHERE, ON_HOST, ON_DEVICE]
+KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, *3 * [ctypes.c_ssize_t])
 
 
 @pytest.fixture
@@ -56,6 +57,26 @@ class Targets:
     def right(self, index: int) -> bool:
         """Whether a tensor is what it is to be."""
         return self._memory[index].tobytes() == self._tensors.wanted(index, self._decode)
+
+
+@contextmanager
+def unfinished(device: HostDevice) -> Generator[tuple[Event, Callable[[], None]]]:
+    """An event behind work on a stream, which ends when it is told to, or with the block: copies wait behind it."""
+    from asyncload_native import LayerFeed
+
+    told = threading.Event()
+    kernel = KERNEL(lambda *_: int(told.wait(60)))
+    memory = np.zeros(3, np.uint8)
+    source, scratch, slot = range(memory.ctypes.data, memory.ctypes.data + 3)
+    layer = np.array([[source, 1, 0, ctypes.cast(kernel, ctypes.c_void_p).value, 1, 1]], np.uint64)
+    feed = LayerFeed(device, [layer], streams=1, scratch=[scratch], each_arrival=False, trace=False, nice=0)
+    try:
+        feed.feed(0, slot, [])
+        assert select.select([feed.descriptor], [], [], 60)[0]
+        yield feed.poll()[0].arrived[0], told.set
+    finally:
+        told.set()
+        feed.close()
 
 
 def descriptors() -> int:
@@ -255,8 +276,10 @@ class TestTheEnd:
     def test_of_a_job_that_is_cancelled_comes_behind_its_copies(self, tensors: Tensors, device: HostDevice) -> None:
         device.set_pace(10e6, 0.0, poison=True)
         targets = Targets(tensors)
-        with open_engine(device) as engine:
-            job = tensors.job(tensors.open(), wake="CHUNK")
+        file = tensors.open()
+        file.fail_read(6, errno.EIO)  # made again after an hour: not all come
+        with open_engine(device, retry_delay=3600.0) as engine:
+            job = tensors.job(file, wake="CHUNK")
             tensors.start(engine, job, targets.addresses)
             assert select.select([job.descriptor], [], [], 60)[0]  # some have come, others are on their way
             engine.cancel(job)
@@ -290,14 +313,15 @@ class TestTheEnd:
             assert wait(job).landed == []
 
     def test_of_a_job_that_nobody_holds_any_more(self, tensors: Tensors, device: HostDevice) -> None:
-        device.set_pace(1e6, 0.0, poison=True)  # it takes half a second
-        before = descriptors()
         targets = Targets(tensors)
-        with open_engine(device) as engine:
+        before = descriptors()
+        with open_engine(device) as engine, unfinished(device) as (work, finish):
+            held = descriptors()
             job = tensors.job(tensors.open(), wake="CHUNK")
-            tensors.start(engine, job, targets.addresses)
+            tensors.start(engine, job, targets.addresses, after=[work])
             del job
-            assert descriptors() > before
+            assert descriptors() > held
+            finish()
             while engine.busy:
                 time.sleep(0.001)
         assert descriptors() == before
@@ -396,7 +420,6 @@ class TestTheInterpreterLock:
         """A kernel that takes the lock, as one that prints an exception does, lets the engine end all the same."""
         from asyncload_native import Engine
 
-        kernel_type = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)
         called = threading.Event()
 
         def fail(*_: int) -> int:
@@ -404,7 +427,7 @@ class TestTheInterpreterLock:
             time.sleep(0.01)
             return 0
 
-        kernel = kernel_type(fail)
+        kernel = KERNEL(fail)
         targets = Targets(tensors, ON_HOST)
         engine = Engine(device, Ring(4 * CHUNK), CHUNK, threads=2, buffers=4, nice=0, retries=0, retry_delay=0.0)
         job = tensors.job(tensors.open(), decode=ON_HOST, kernel=ctypes.cast(kernel, ctypes.c_void_p).value or 0)
@@ -415,14 +438,47 @@ class TestTheInterpreterLock:
 
 
 def test_memory_under_a_copy_is_in_use(tensors: Tensors, device: HostDevice) -> None:
-    device.set_pace(1e6, 0.0, poison=True)  # it takes half a second
     targets = Targets(tensors)
     used: Callable[[], bool] = lambda: bool(device.uses(targets.addresses[0], SIZES[0]))  # noqa: E731
-    with open_engine(device) as engine:
+    with open_engine(device) as engine, unfinished(device) as (work, finish):
         assert not used()
         job = tensors.job(tensors.open())
-        tensors.start(engine, job, targets.addresses)
+        tensors.start(engine, job, targets.addresses, after=[work])
         while not used():
             assert not job.poll().ended
+        finish()
         wait(job)
         assert not used()
+
+
+@pytest.mark.parametrize("poison", [False, True], ids=["in place", "by copies"])
+def test_a_small_job_beside_a_large_one_gets_its_share(tmp_path: Path, device: HostDevice, poison: bool) -> None:
+    """From the moment on at which the small one is there, each of them has one chunk in two."""
+    device.set_pace(0.0, 0.0, poison)
+    large, small = Tensors(tmp_path / "large", [30 * CHUNK]), Tensors(tmp_path / "small", [3 * CHUNK])
+    begun, both_are_there = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def kernel(name: str) -> Any:
+        def note(*_: int) -> int:
+            order.append(name)
+            begun.set()
+            return int(both_are_there.wait(60))
+
+        return KERNEL(note)
+
+    kernels = {name: kernel(name) for name in ("large", "small")}
+    targets = {"large": Targets(large, ON_HOST), "small": Targets(small, ON_HOST)}
+    with open_engine(device, threads=1) as engine:
+        jobs: list[Job] = []
+        for name, tensors in (("large", large), ("small", small)):
+            address = ctypes.cast(kernels[name], ctypes.c_void_p).value or 0
+            jobs.append(tensors.job(tensors.open(), decode=ON_HOST, kernel=address))
+            tensors.start(engine, jobs[-1], targets[name].addresses)
+            assert begun.wait(60)
+        both_are_there.set()
+        assert [wait(job).failure for job in jobs] == [None, None]
+    chunks = order.count("small")
+    assert order.count("large") > 5 * chunks
+    last = len(order) - order[::-1].index("small")
+    assert order[:last].count("large") <= 1 + chunks  # the first was under way

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ class TestAFile:
         source.close()
 
     def test_closing_gives_the_descriptor_back_once(self, path: Path, native: bool) -> None:
+        gc.collect()  # files in the tracebacks of tests before
         before = descriptors()
         source = open_source(path, native=native)
         assert descriptors() == before + 1
