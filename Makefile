@@ -10,15 +10,14 @@ CONFIGURE = $(BIN)/cmake --log-level=WARNING -S asyncload_native -G Ninja \
 	-D CMAKE_COMPILE_WARNING_AS_ERROR=ON -D ASYNCLOAD_TESTS=ON
 # Tests run in as many processes as there are cores; what one takes away from the tests of the others, they cannot see.
 PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
-# What runs under the sanitizers: what moves bytes by the C++ engine, on one event loop.
-SANITIZED := tests/native tests/loader tests/layers/test_races.py tests/layers/test_failures.py \
-	-k 'not uvloop and not trio and not python'
+# What runs under the sanitizers: all tests of the C++ engine, on one event loop.
+SANITIZED := tests/native tests/loader tests/layers tests/source -m 'native and not gpu and not demo' -k 'not uvloop and not trio'
 CXX_SOURCES := $(wildcard asyncload_native/src/*.h asyncload_native/src/*.cpp tests/native/*.cpp)
 
 # No falling back to the Python engine: where the C++ engine does not build or import, these targets fail.
 export ASYNCLOAD_REQUIRE_NATIVE = 1
 
-.PHONY: help setup native demo test test-sanitize sanitize check stubs format bench clean
+.PHONY: help setup native demo examples test test-sanitize sanitize check stubs format bench clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -39,6 +38,9 @@ native: $(READY) ## the C++ engine, compiled into asyncload_native/
 
 demo: native ## fetch a real model, load it, check its values
 	$(BIN)/python -m bench.demo
+
+examples: native ## torch, for the examples and for their tests
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
 
 test: native ## all tests
 	$(BIN)/python -m pytest $(PARALLEL)

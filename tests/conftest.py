@@ -123,7 +123,7 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
     "ggml": _missing_package("libggml"),
 }
 # With this variable at 1, what is missing is a failure.
-_REQUIRED = {"gpu": "ASYNCLOAD_REQUIRE_GPU", "native": "ASYNCLOAD_REQUIRE_NATIVE"}
+_REQUIRED = {need: f"ASYNCLOAD_REQUIRE_{need.upper()}" for need in ("gpu", "native", "torch", "demo")}
 _SKIPPED: Final = re.compile(r"needs (\w+): (.*)", re.DOTALL)
 
 

@@ -214,24 +214,33 @@ std::shared_ptr<Event> CudaDevice::adopt_event(std::uint64_t handle) {
     return std::make_shared<CudaEvent>(context_->driver, reinterpret_cast<CUevent>(handle), nullptr);
 }
 
-std::future<CudaDevice::Begun> CudaDevice::begin_work(std::uint64_t stream, std::vector<std::shared_ptr<Event>> after) {
-    return calls_.call([this, stream, after = std::move(after)] {
-        attach();
-        CudaStream theirs(driver(), stream);
-        Begun begun{make_event(true), make_event(true)};
-        theirs.record(*begun.ready);
-        for (const auto& event : after) theirs.wait(*event);
-        theirs.record(*begun.began);
-        return begun;
+CudaDevice::Answer<CudaDevice::Begun> CudaDevice::begin_work(std::uint64_t stream,
+                                                             std::vector<std::shared_ptr<Event>> after) {
+    return calls_.call([this, stream, after = std::move(after)]() -> std::variant<Begun, Refusal> {
+        try {
+            attach();
+            CudaStream theirs(driver(), stream);
+            Begun begun{make_event(true), make_event(true)};
+            theirs.record(*begun.ready);
+            for (const auto& event : after) theirs.wait(*event);
+            theirs.record(*begun.began);
+            return begun;
+        } catch (const CudaError& error) {
+            return Refusal{error.function(), error.code()};
+        }
     });
 }
 
-std::future<std::shared_ptr<Event>> CudaDevice::end_work(std::uint64_t stream) {
-    return calls_.call([this, stream] {
-        attach();
-        auto ended = make_event(true);
-        CudaStream(driver(), stream).record(*ended);
-        return ended;
+CudaDevice::Answer<std::shared_ptr<Event>> CudaDevice::end_work(std::uint64_t stream) {
+    return calls_.call([this, stream]() -> std::variant<std::shared_ptr<Event>, Refusal> {
+        try {
+            attach();
+            auto ended = make_event(true);
+            CudaStream(driver(), stream).record(*ended);
+            return ended;
+        } catch (const CudaError& error) {
+            return Refusal{error.function(), error.code()};
+        }
     });
 }
 

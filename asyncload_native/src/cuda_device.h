@@ -3,6 +3,7 @@
 
 #include <future>
 #include <memory>
+#include <variant>
 #include <vector>
 
 #include "call_threads.h"
@@ -35,10 +36,19 @@ class CudaDevice final : public Device {
         std::shared_ptr<Event> ready;  // when the stream had come to it
         std::shared_ptr<Event> began;  // behind what it waited for
     };
+    // What the driver refused, as a value: exceptions stay on their threads.
+    struct Refusal {
+        const char* function;
+        CUresult code;
+    };
+    template <typename Result>
+    using Answer = std::future<std::variant<Result, Refusal>>;
     // Has what is enqueued from now on wait, on the device, for events; the new ones are timed.
-    std::future<Begun> begin_work(std::uint64_t stream, std::vector<std::shared_ptr<Event>> after);
+    Answer<Begun> begin_work(std::uint64_t stream, std::vector<std::shared_ptr<Event>> after);
     // A timed event behind what is enqueued by now.
-    std::future<std::shared_ptr<Event>> end_work(std::uint64_t stream);
+    Answer<std::shared_ptr<Event>> end_work(std::uint64_t stream);
+    // Throws it as the driver's error.
+    [[noreturn]] void raise(const Refusal& refusal) const { driver().fail(refusal.function, refusal.code); }
     // Ends these threads; afterwards the callers call the driver themselves.
     void close() { calls_.close(); }
 

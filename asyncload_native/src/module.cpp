@@ -14,6 +14,8 @@
 #include <limits>
 #include <system_error>
 #include <tuple>
+#include <utility>
+#include <variant>
 
 #include "build_info.h"
 #include "consumer.h"
@@ -173,12 +175,14 @@ void bind_errors(nb::module_& module) {
 // What comes of a call that another thread makes. The interpreter lock is kept meanwhile, as beside a busy thread it
 // comes back after milliseconds only, but given up where the call takes longer than `patience`, in seconds.
 template <typename Result>
-Result await_call(std::future<Result> future, double patience) {
-    if (future.wait_for(std::chrono::duration<double>(patience)) != std::future_status::ready) {
+Result await_answer(const CudaDevice& device, CudaDevice::Answer<Result> answer, double patience) {
+    if (answer.wait_for(std::chrono::duration<double>(patience)) != std::future_status::ready) {
         const nb::gil_scoped_release unlocked;
-        future.wait();
+        answer.wait();
     }
-    return future.get();
+    auto came = answer.get();
+    if (const auto* const refusal = std::get_if<CudaDevice::Refusal>(&came)) device.raise(*refusal);
+    return std::get<Result>(std::move(came));
 }
 
 void bind_driver(nb::module_& module) {
@@ -216,7 +220,7 @@ void bind_devices(nb::module_& module) {
         .def(
             "begin_work",
             [](CudaDevice& device, std::uint64_t stream, std::vector<std::shared_ptr<Event>> after, double patience) {
-                const auto [ready, began] = await_call(device.begin_work(stream, std::move(after)), patience);
+                const auto [ready, began] = await_answer(device, device.begin_work(stream, std::move(after)), patience);
                 return std::make_tuple(ready, began);
             },
             "stream"_a, "after"_a, "patience"_a = default_patience,
@@ -226,7 +230,7 @@ void bind_devices(nb::module_& module) {
         .def(
             "end_work",
             [](CudaDevice& device, std::uint64_t stream, double patience) {
-                return await_call(device.end_work(stream), patience);
+                return await_answer(device, device.end_work(stream), patience);
             },
             "stream"_a, "patience"_a = default_patience,
             "A timed event behind what is enqueued on another library's stream by now; the interpreter lock is kept "
