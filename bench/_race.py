@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,9 +128,11 @@ class Race:
         lines = [Line(loader.name, threads, self.file.header.nbytes) for loader, threads in self.entries]
         for loader in {loader.name: loader for loader, _ in self.entries}.values():
             await self._turn(loader, None)
-        for _ in range(self.repeats):
+        for number in range(self.repeats):
             self.limits.append(await anyio.to_thread.run_sync(self.limit))
-            for (loader, _), line in zip(self.entries, lines, strict=True):
+            turns = deque(zip(self.entries, lines, strict=True))
+            turns.rotate(-number)  # nobody is always the first after a pause
+            for (loader, _), line in turns:
                 if loader.name not in self.failed and (not line.runs or sum(line.runs) < self.patience):
                     await self._turn(loader, line)
         self.lines = [line for line in lines if line.runs and line.loader not in self.failed]

@@ -1,15 +1,18 @@
 """How late a 1 ms ticker on the same event loop is while models are loaded, again and again.
 
-Lateness is what a sleep of 1 ms took beyond that. A loop that nobody holds is late by what the machine itself takes
-(the row "idle"); every blocking call on the loop's thread, and every thread that keeps the interpreter lock, adds to
-it. With ``--nice 0`` the loader's threads have the loop's priority, else they make way for it.
+Lateness is what a sleep of 1 ms took beyond that. A loop that nobody holds is late by what the machine itself takes: an
+idle one (the row "idle"), and one whose cores are as busy as loads to the host make them, by another process's bare
+reads of the same file ("bare reads"). Every blocking call on the loop's thread, and every thread that keeps the
+interpreter lock, adds to it. With ``--nice 0`` the loader's threads have the loop's priority, else they make way.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,20 @@ _PERIOD = 0.001
 
 async def _idle() -> None:
     await anyio.sleep(0.1)
+
+
+@contextmanager
+def _bare_reads(file: Path, options: Options) -> Generator[None]:
+    """Has another process read the file meanwhile, by as many threads of the same niceness."""
+    command = [sys.executable, "-m", "bench._bare_reads", str(file), str(options.threads), str(options.nice)]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
 
 
 async def lateness(work: Callable[[], Awaitable[object]], ticks: int) -> list[float]:
@@ -57,17 +74,18 @@ def percentiles(late: list[float]) -> dict[str, float]:
 async def measure(
     file: Path, device: str | None, ticks: int, dtypes: Sequence[str], options: Options
 ) -> tuple[DeviceInfo, dict[str, Any]]:
-    """Latenesses of an idle loop, then during loads as each of the dtypes."""
+    """Latenesses of an idle loop, beside bare reads, then during loads as each of the dtypes."""
     results: dict[str, Any] = {}
     async with Loader(device, options=options) as loader:
 
         async def load(dtype: str) -> None:
             (await loader.load(file, dtype=dtype)).close()
 
-        works: dict[str, Callable[[], Awaitable[object]]] = {"idle": _idle}
+        works: dict[str, Callable[[], Awaitable[object]]] = {"idle": _idle, "bare reads": _idle}
         for name, work in (works | {dtype: partial(load, dtype) for dtype in dtypes}).items():
             await work()  # warm: kernels are compiled, caches full
-            late = await lateness(work, ticks)
+            with _bare_reads(file, loader._active().options) if name == "bare reads" else nullcontext():
+                late = await lateness(work, ticks)
             results[name] = {"ticks": len(late), "milliseconds": percentiles(late)}
         return loader.device.info, results
 

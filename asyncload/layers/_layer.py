@@ -67,7 +67,7 @@ class Layer(Mapping[str, Tensor]):
             if adopted is None:
                 work.untimed = True
             else:
-                work.begin(*adopted.begin(work.fed.arrived if isinstance(work, Use) else ()))
+                work.begin(self._ride, *adopted.begin(work.fed.arrived if isinstance(work, Use) else ()))
             self._tensors = self._make_tensors()
             yield self
         finally:

@@ -54,6 +54,7 @@ class Scheduler:
         self._feed = feed
         self._record = record
         self._rides: set[Ride] = set()
+        self._joined = 0  # rides, ever
         self._feeding = anyio.Semaphore(at_once)
         self._stall_limit = stall_limit
         self._last: dict[Slot, Use] = {}
@@ -135,7 +136,7 @@ class Scheduler:
         if use.released.is_set() or use.slot is None or not use.fetched.is_set() or not use.sweep.started.is_set():
             return
         if not use.keepers:
-            use.slot.busy = [*use.slot.busy, *use.ended]
+            use.slot.busy = [*use.slot.busy, *use.ended.values()]
             use.released.set()
 
     def _watch_kept(self) -> None:
@@ -171,7 +172,7 @@ class Scheduler:
                 _log.warning("work on layer %d cannot be waited for: %s", use.layer.number, failure)
             else:
                 if use.inside.pop(ride, None) is not None:
-                    use.ended.append(ended)
+                    use.ended[ride] = ended
         limit = f"{self._stall_limit:g} seconds"
         message = f"layer {use.layer.number} was kept for {limit} while a ride waited for its slot"
         self.leave(ride, StalledError(message))
@@ -182,7 +183,8 @@ class Scheduler:
     def join(self) -> Ride:
         """Takes a place in the next sweep, and in those after it."""
         self._check_open()
-        ride = Ride(self._next)
+        ride = Ride(self._next, self._joined)
+        self._joined += 1
         ride.sweep.rides.add(ride)
         self._rides.add(ride)
         return ride
@@ -247,7 +249,7 @@ class Scheduler:
             if work.inside.pop(ride, None) is None:
                 ended = None  # the ride was left behind, and an event recorded then
         if ended is not None:
-            work.ended.append(ended)
+            work.ended[ride] = ended
         if isinstance(work, Use):
             self._check(work)
         self._blocks.discard((ride, work))

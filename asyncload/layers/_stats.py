@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 from asyncload.device import Event
@@ -22,7 +22,8 @@ class LayerRecord:
     """The events that one layer of a sweep left: by copy stream those around its copies, and those of the work on it.
 
     ``ready`` passed when the stream had come to the layer, ``began`` behind the layer's arrival, ``ended`` behind the
-    work. ``slot`` is None for a layer that stays on the device. ``nbytes`` have crossed the bus for it.
+    work; ``rides`` has the latter two for each ride, by its number. ``slot`` is None for a layer that stays on the
+    device. ``nbytes`` have crossed the bus for it.
     """
 
     number: int
@@ -32,6 +33,7 @@ class LayerRecord:
     ready: Event
     began: Event
     ended: Sequence[Event]
+    rides: Mapping[int, tuple[Event, Event]] = field(default_factory=dict[int, tuple[Event, Event]])
 
     @property
     def events(self) -> list[Event]:
@@ -46,7 +48,8 @@ class LayerTiming:
 
     ``copies`` has, for each copy stream, the spans of the layer's copies (kernels that decode behind them belong to
     these): one where it comes from host memory, one for each chunk where it comes from the file. They are negative
-    where the layer was fetched ahead of the pass. ``work`` runs from the first ride's begin to the last one's end.
+    where the layer was fetched ahead of the pass. ``work`` runs from the first ride's begin to the last one's end;
+    ``rides`` has each ride's own, by its number.
     ``slot`` is None, and ``nbytes`` 0, for a layer that stays on the device.
 
     ``copy`` and ``compute`` are the time that each added: in which this layer was copied, or computed, and none before
@@ -63,6 +66,7 @@ class LayerTiming:
     copy_within: float
     compute: float
     waited: float
+    rides: Mapping[int, Span] = field(default_factory=dict[int, Span])
 
     @property
     def entered(self) -> float:
@@ -144,7 +148,7 @@ def record_pass(sweep: Sweep | None, order: Iterable[int]) -> list[LayerRecord]:
         work = uses.get(number) or sweep.resident[number]
         if work.untimed:
             raise PlanError(f"layer {number} was used without a stream: no event says how long that took")
-        if work.ready is None or work.began is None or not work.ended:
+        if work.ready is None or not work.began or not work.ended:
             raise PlanError(f"layer {number} was not used in the last pass")
         use = work if isinstance(work, Use) else None
         records.append(
@@ -154,8 +158,11 @@ def record_pass(sweep: Sweep | None, order: Iterable[int]) -> list[LayerRecord]:
                 nbytes=0 if use is None else use.layer.upload_nbytes,
                 copies=() if use is None else use.fed.copies,
                 ready=work.ready,
-                began=work.began,
-                ended=tuple(work.ended),
+                began=next(iter(work.began.values())),
+                ended=tuple(work.ended.values()),
+                rides={
+                    ride.number: (began, work.ended[ride]) for ride, began in work.began.items() if ride in work.ended
+                },
             )
         )
     return records
@@ -189,6 +196,10 @@ def measure_pass(records: Sequence[LayerRecord]) -> PassStats:
                 copy_within=copying_within.add(chain.from_iterable(copies)),
                 compute=computing.add([work]),
                 waited=record.began.seconds_since(record.ready),
+                rides={
+                    ride: (begun.seconds_since(origin), ended.seconds_since(origin))
+                    for ride, (begun, ended) in record.rides.items()
+                },
             )
         )
     return PassStats(

@@ -37,14 +37,14 @@ class Work:
 
     def __init__(self) -> None:
         self.ready: Event | None = None  # when the first ride's stream had come to it
-        self.began: Event | None = None  # before that ride's work, behind the layer's arrival
-        self.ended: list[Event] = []  # behind the rides' work
+        self.began: dict[Ride, Event] = {}  # before each ride's work, behind the layer's arrival; the first's is first
+        self.ended: dict[Ride, Event] = {}  # behind it
         self.untimed = False  # some of it was on no stream
 
-    def begin(self, ready: Event, began: Event) -> None:
-        """Keeps the first ride's events."""
-        if self.began is None:
-            self.ready, self.began = ready, began
+    def begin(self, ride: Ride, ready: Event, began: Event) -> None:
+        """Keeps a ride's events."""
+        self.ready = self.ready or ready
+        self.began[ride] = began
 
 
 class Use(Work):
@@ -97,6 +97,7 @@ class Ride:
     """A consumer's place: its sweep, and how many of the sweep's layers it has been given."""
 
     sweep: Sweep
+    number: int = 0  # in the order in which they joined
     position: int = 0
     error: BaseException | None = None  # why it lost its place
     awaited: Use | None = None  # what it waits for

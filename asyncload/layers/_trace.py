@@ -17,8 +17,9 @@ _MICROSECONDS: Final = 1e6
 def trace(passes: Sequence[PassStats]) -> dict[str, Any]:
     """Passes as an object of the Trace Event Format, JSON's types only: a process for each pass, all beginning at once.
 
-    Its rows (threads) are the copy streams, the compute, and the slots, each with the layers that were in it, and the
-    loader's threads where their spans were noted: a slot is taken from its first copy's begin to the end of the work.
+    Its rows (threads) are the copy streams, the compute (of each ride, if there are several) and the slots, each with
+    the layers that were in it, and the loader's threads where their spans were noted: a slot is taken from its first
+    copy's begin to the end of the work.
     Times are microseconds from whatever began first, ahead of any pass. Source: the document "Trace Event Format" of
     the Chromium project (complete events ``X``, metadata events ``M``).
     """
@@ -63,8 +64,12 @@ def _rows(stats: PassStats) -> Iterator[tuple[str, list[_Bar]]]:
     for stream in range(max((len(layer.copies) for layer in layers), default=0)):
         copies = ((layer, span) for layer in layers if layer.copies for span in layer.copies[stream])
         yield f"copy stream {stream}", [_bar(layer, *span) for layer, span in copies]
-    # several rides' work on two layers may overlap; a row shows what each adds
-    yield "compute", [_bar(layer, layer.work[1] - layer.compute, layer.work[1]) for layer in layers]
+    rides = sorted({ride for layer in layers for ride in layer.rides})
+    if len(rides) > 1:
+        for row, ride in enumerate(rides):
+            yield f"compute, ride {row}", [_bar(layer, *layer.rides[ride]) for layer in layers if ride in layer.rides]
+    else:
+        yield "compute", [_bar(layer, layer.work[1] - layer.compute, layer.work[1]) for layer in layers]
     for slot in sorted({layer.slot for layer in layers if layer.slot is not None}):
         yield f"slot {slot}", [_bar(layer, layer.entered, layer.work[1]) for layer in layers if layer.slot == slot]
     for thread in sorted({span.thread for span in stats.threads}):

@@ -73,11 +73,17 @@ class VramTracker:
         except OutOfDeviceMemoryError:  # one by one: what was dropped is freed first, and the error says what failed
             return [self.allocate(nbytes, purpose, description) for description, nbytes in sizes.items()]
         allocations: list[Allocation] = []
-        for each, description in zip(memory, sizes, strict=True):
-            entry = Entry(each, purpose, description)
-            if each.nbytes:
-                self._record(entry)
-            allocations.append(Allocation(entry, self._reclaim))
+        left = iter(memory)
+        try:
+            for each, description in zip(left, sizes, strict=True):
+                entry = Entry(each, purpose, description)
+                if each.nbytes:
+                    self._record(entry)
+                allocations.append(Allocation(entry, self._reclaim))
+        except BaseException:
+            for each in left:  # what was recorded is freed as its allocations go
+                self._device.free(each)
+            raise
         return allocations
 
     def _allocate(self, nbytes: int, purpose: Purpose, description: str) -> DeviceMemory:

@@ -176,7 +176,7 @@ def test_chunks_are_compared_with_one_copy(tmp_path: Path) -> None:
 
 def test_latency_counts_ticks(tmp_path: Path) -> None:
     rows = run("latency", tmp_path, "--ticks", "60")["rows"]
-    assert list(rows) == ["idle", "packed", "bf16"]
+    assert list(rows) == ["idle", "bare reads", "packed", "bf16"]
     for row in rows.values():
         assert row["ticks"] >= 60
         late = row["milliseconds"]

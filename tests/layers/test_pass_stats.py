@@ -582,7 +582,13 @@ async def test_two_rides_make_one_pass(tmp_path: Path, small: Options) -> None:
         for stream in streams:
             await run_in_thread(stream.close)
     check(stats)
-    assert_no_overlap(trace([stats]), 1)
+    assert_no_overlap(document := trace([stats]), 1)
+    rows = intervals(0, document)
+    assert [len(rows[f"compute, ride {ride}"]) for ride in range(2)] == [4, 4]
+    assert "compute" not in rows
+    for timing in stats.layers:
+        (begin, _), *_ = spans = [*timing.rides.values()]
+        assert (begin, max(end for _, end in spans)) == timing.work
 
 
 @pytest.mark.anyio

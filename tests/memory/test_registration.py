@@ -133,6 +133,20 @@ def test_memory_freed_before_its_registration_was_closed_is_not_lost(tracker: Vr
         tracker.allocate(KIB, Purpose.WEIGHTS, "a tensor")
     assert device.freed == [DeviceMemory(FAR + KIB, KIB)]
     stale.close()
+
+
+def test_of_several_that_are_allocated_at_once_none_is_left_when_one_is_not_free(
+    tracker: VramTracker, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = tracker.register(FAR, 4 * KIB, Purpose.KV_CACHE, "a cache that is gone")
+    given = [device.allocate(KIB), DeviceMemory(FAR, KIB), device.allocate(KIB), device.allocate(KIB)]
+    monkeypatch.setattr(device, "allocate_all", lambda _: given)
+    with pytest.raises(LedgerError, match="holds 'a cache that is gone'"):
+        tracker.allocate_all(dict.fromkeys("abcd", KIB), Purpose.WEIGHTS)
+    tracker.flush()
+    assert sorted(memory.address for memory in device.freed) == sorted(memory.address for memory in given)
+    assert tracker.by_purpose() == {Purpose.KV_CACHE: 4 * KIB}
+    stale.close()
     assert tracker.total == 0
 
 
