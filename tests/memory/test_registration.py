@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 
@@ -140,7 +140,11 @@ def test_of_several_that_are_allocated_at_once_none_is_left_when_one_is_not_free
 ) -> None:
     stale = tracker.register(FAR, 4 * KIB, Purpose.KV_CACHE, "a cache that is gone")
     given = [device.allocate(KIB), DeviceMemory(FAR, KIB), device.allocate(KIB), device.allocate(KIB)]
-    monkeypatch.setattr(device, "allocate_all", lambda _: given)
+
+    def allocate_all(_sizes: Sequence[int]) -> list[DeviceMemory]:
+        return given
+
+    monkeypatch.setattr(device, "allocate_all", allocate_all)
     with pytest.raises(LedgerError, match="holds 'a cache that is gone'"):
         tracker.allocate_all(dict.fromkeys("abcd", KIB), Purpose.WEIGHTS)
     tracker.flush()
