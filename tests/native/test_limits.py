@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import gc
@@ -26,7 +27,7 @@ from asyncload.loader import Loader
 from asyncload.source import NativeFileSource, open_source
 from asyncload.testing import synthesize, write_layers
 from asyncload.threads import run_in_thread
-from tests.layers.models import SMALL, open_stream
+from tests.layers.models import SMALL, layers_only, open_stream, take
 from tests.native.jobs import CHUNK, ON_HOST, Ring, Tensors, open_engine, wait
 from tests.native.stub_cuda import StubCuda
 
@@ -260,3 +261,27 @@ async def test_files_are_not_closed_on_the_event_loop(tmp_path: Path, monkeypatc
                 layer.skip()
     assert len(threads) == 5  # the stream loads what stays on the device, and reads on
     assert threading.get_ident() not in threads
+
+
+class DeafLoop(asyncio.SelectorEventLoop):
+    """An event loop that watches no descriptors, as some do on other systems."""
+
+    def add_reader(self, *_: Any) -> None:
+        raise NotImplementedError
+
+
+def test_a_loop_that_watches_no_descriptors_hears_of_loads_and_layers(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    content = layers_only(write_layers(path, 4))
+
+    async def load() -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        async with Loader("host", options=NATIVE) as loader:
+            (await loader.load(path)).close()
+            async with open_stream(loader, path, dtype="packed") as layers:
+                async for layer in layers:
+                    found |= take(layer)
+        return found
+
+    with asyncio.Runner(loop_factory=DeafLoop) as runner:
+        assert runner.run(load()) == content
