@@ -11,15 +11,16 @@ CONFIGURE = $(BIN)/cmake --log-level=WARNING -S asyncload_native -G Ninja \
 # Tests run in as many processes as there are cores; what one takes away from the tests of the others, they cannot see.
 PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 # What runs under the sanitizers: the tests of the C++ engine, on one event loop, but for those that hold ggml's values
-# against Numba's.
+# against Numba's, and those that interrupt an interpreter of their own.
 SANITIZED := tests/native tests/loader tests/layers tests/source --ignore=tests/loader/test_every_type.py \
-	-m 'native and not gpu and not demo' -k 'not uvloop and not trio'
+	-m 'native and not gpu and not demo' -k 'not uvloop and not trio and not interrupt'
 CXX_SOURCES := $(wildcard asyncload_native/src/*.h asyncload_native/src/*.cpp tests/native/*.cpp)
 
 # No falling back to the Python engine: where the C++ engine does not build or import, these targets fail.
 export ASYNCLOAD_REQUIRE_NATIVE = 1
 
-.PHONY: help setup native demo examples test test-sanitize sanitize check stubs format bench clean
+.PHONY: help setup native demo examples test test-sanitize sanitize stubs format bench clean
+.PHONY: check check-format check-types check-pyright check-docs
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -45,12 +46,12 @@ examples: native ## torch, for the examples and for their tests
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
 
 test: native ## all tests
-	$(BIN)/python -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-sanitize: test-sanitize-thread test-sanitize-address ## the C++ engine under ThreadSanitizer and AddressSanitizer
 
 test-sanitize-%: native
-	$(CONFIGURE) -B build/$* -D CMAKE_BUILD_TYPE=RelWithDebInfo -D CMAKE_CXX_FLAGS="-fsanitize=$* -fno-omit-frame-pointer"
+	$(CONFIGURE) -B build/$* -D CMAKE_BUILD_TYPE=Sanitize -D CMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=$* -fno-omit-frame-pointer"
 	$(BIN)/cmake --build build/$*
 	$(BIN)/cmake --install build/$* --prefix build/$*/install >/dev/null
 	cp asyncload_native/*.py build/$*/install/asyncload_native/
@@ -62,13 +63,21 @@ sanitize: $(READY) ## the CUDA kernels under compute-sanitizer: needs a GPU and 
 		compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -o timeout=0 -k any_number \
 		tests/quant/cuda/test_cuda_decode.py || exit 1; done
 
-check: native ## format, lint, types, import contracts, docs
+check: check-format check-types check-pyright check-docs ## format, lint, types, import contracts, docs; in parallel by -j
+
+check-format: native
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
+
+check-types: native
+	$(BIN)/mypy
+
+check-pyright: native
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check-docs: native
 	$(BIN)/python -m pytest -q tests/house
 
 stubs: native ## what type checkers know of the C++ engine

@@ -22,6 +22,12 @@ COUNT = 12
 DEVICES = ["host", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 
 
+@pytest.fixture
+def anyio_backend() -> Any:
+    """Once is enough: what is computed does not depend on the loop."""
+    return "trio", {}
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthesize(tmp_path_factory.mktemp("model") / "gemma.gguf", preset="tiny-gemma", quant="Q4_K_M")[0]
