@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -47,6 +49,19 @@ def _no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with blockbuster_ctx("asyncload"):
         yield
+
+
+_HEAVY: Final = ("gguf", "numba", "torch")
+_frozen: list[str] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """What a heavy package made when it was imported is no garbage: collecting, which many tests do, passes it over."""
+    if (loaded := [name for name in _HEAVY if name in sys.modules]) != _frozen:
+        gc.collect()
+        gc.freeze()
+        _frozen[:] = loaded
 
 
 # --- what a machine may miss ----------------------------------------------------------------------------------------
