@@ -361,6 +361,10 @@ bool Engine::busy() const {
     return std::ranges::any_of(jobs_, [](const auto& job) { return job->under_way_ > 0; });
 }
 
+bool Engine::contended() const {
+    return !std::unique_lock(mutex_, std::try_to_lock).owns_lock();
+}
+
 void Engine::close() {
     if (workers_.empty()) return;
     std::vector<std::shared_ptr<Job>> ended;

@@ -49,6 +49,8 @@ class Engine {
     void cancel(Job& job);
     // Whether a job uses a staging buffer.
     bool busy() const;
+    // Whether another thread is in the engine just now, where it may have lost its core: who calls may have to wait.
+    bool contended() const;
     // Cancels all jobs, waits until nothing is under way, and ends the threads.
     void close();
 

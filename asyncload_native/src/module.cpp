@@ -12,6 +12,7 @@
 #include <chrono>
 #include <future>
 #include <limits>
+#include <optional>
 #include <system_error>
 #include <tuple>
 #include <utility>
@@ -99,6 +100,11 @@ template <typename Function>
 auto unlocked(Function function) {
     const nb::gil_scoped_release released;
     return function();
+}
+
+// Gives the interpreter lock up until what is returned goes, if there is a reason to.
+std::optional<nb::gil_scoped_release> release_if(bool reason) {
+    return reason ? std::optional<nb::gil_scoped_release>(std::in_place) : std::nullopt;
 }
 
 // What has threads, which are started, and end when it goes, without the interpreter lock, as what they call may ask
@@ -457,6 +463,7 @@ void bind_engine(nb::module_& module) {
             "submit",
             [](Engine& engine, std::shared_ptr<Job> job, std::vector<Address> scratch,
                std::vector<std::shared_ptr<Event>> after) {
+                const auto released = release_if(engine.contended());
                 engine.submit(std::move(job), std::move(scratch), std::move(after));
             },
             "job"_a, "scratch"_a, "after"_a,
@@ -464,7 +471,9 @@ void bind_engine(nb::module_& module) {
         .def(
             "admit",
             [](Engine& engine, Job& job, std::uint32_t groups, std::size_t first, const Words& targets) {
-                engine.admit(job, groups, first, words(targets));
+                const auto addresses = words(targets);
+                const auto released = release_if(engine.contended());
+                engine.admit(job, groups, first, addresses);
             },
             "job"_a, "groups"_a, "first"_a, "targets"_a,
             "Lets the groups below a number be moved, for which the addresses from tensor ``first`` on are given.")
