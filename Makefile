@@ -8,7 +8,8 @@ NATIVE := build/native
 CONFIGURE = $(BIN)/cmake --log-level=WARNING -S asyncload_native -G Ninja \
 	-D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -D Python_EXECUTABLE=$(abspath $(BIN)/python) \
 	-D CMAKE_COMPILE_WARNING_AS_ERROR=ON -D ASYNCLOAD_TESTS=ON
-# Tests run in as many processes as there are cores; what one takes away from the tests of the others, they cannot see.
+# Tests run in as many processes as there are cores, four at most; what one takes from the tests of the others, they
+# cannot see.
 PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 # What runs under the sanitizers: the tests of the C++ engine, on one event loop, but for those that hold ggml's values
 # against Numba's, and those that interrupt an interpreter of their own.

@@ -41,8 +41,8 @@ using Table = nb::ndarray<const std::uint64_t, nb::numpy, nb::shape<-1, 10>, nb:
 using Bytes = nb::ndarray<std::uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
-constexpr double default_patience =
-    1e-3;  // seconds for which a call keeps the interpreter lock while another thread makes it
+// Seconds for which who has another thread call the driver keeps the interpreter lock.
+constexpr double default_patience = 1e-3;
 
 // Words that may name a file: a path is any bytes.
 nb::str text(const std::string& words) {
