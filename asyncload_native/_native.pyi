@@ -93,6 +93,9 @@ class CudaDevice(Device):
         The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.
         """
 
+    def free(self, addresses: Sequence[int]) -> list[int]:
+        """Frees what was allocated; a CUresult for each, 0 where it was freed."""
+
     def begin_work(self, stream: int, after: Sequence[Event], patience: float = ...) -> tuple[Event, Event]:
         """
         Has what is enqueued from now on on another library's stream, by its handle, wait for events; the timed
@@ -138,10 +141,11 @@ class File:
         """By a descriptor of its own, or raises ReadError."""
 
     @staticmethod
-    def open(path: bytes, head: int) -> tuple[File, bytes]:
+    def open(path: bytes, head: int, patience: float = ...) -> tuple[File, bytes]:
         """
         Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises
-        ReadError.
+        ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience`` seconds
+        at most.
         """
 
     def read(self, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:

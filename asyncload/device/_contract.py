@@ -32,6 +32,7 @@ __all__ = [
     "check_decode",
     "check_download",
     "check_upload",
+    "free_each",
 ]
 
 
@@ -239,6 +240,10 @@ class Device(Protocol):
         """
         ...
 
+    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
+        """Frees several, as ``free`` does each; returns those that could not be, and why."""
+        ...
+
     def staging(self, nbytes: int) -> StagingMemory:
         """Allocates staging memory, touched and, where the device has that, registered (pinned).
 
@@ -317,6 +322,17 @@ def allocate_each(
             free(each)
         raise
     return memory
+
+
+def free_each(memory: Collection[DeviceMemory], free: Callable[[DeviceMemory], None]) -> dict[DeviceMemory, Exception]:
+    """Makes ``free_all`` of a device's ``free``."""
+    failures: dict[DeviceMemory, Exception] = {}
+    for each in memory:
+        try:
+            free(each)
+        except Exception as error:  # noqa: BLE001 - the caller's to judge
+            failures[each] = error
+    return failures
 
 
 def check_upload(

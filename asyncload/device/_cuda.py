@@ -34,6 +34,7 @@ from asyncload.device._contract import (
     check_decode,
     check_download,
     check_upload,
+    free_each,
 )
 from asyncload.device._nvml import process_memory
 from asyncload.device._pages import Pages
@@ -433,6 +434,26 @@ class CudaDevice:
             with self._lock:
                 self._allocated[memory.address] = memory.nbytes
             raise
+
+    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
+        """By C++ where that is there, which gives the interpreter lock up once for all of them."""
+        if self._native is None:
+            return free_each(memory, self.free)
+        failures: dict[DeviceMemory, Exception] = {}
+        with self._lock:
+            known = [each for each in memory if each.nbytes and self._allocated.get(each.address) == each.nbytes]
+            for each in known:
+                del self._allocated[each.address]
+        for each in set(memory) - {*known, DeviceMemory(0, 0)}:
+            failures[each] = DeviceError(f"{self._name}: {each} is not allocated", device=self._name)
+        for each, code in zip(known, self._native.free([each.address for each in known]), strict=True):
+            try:
+                self.check(f"freeing {each}", (self.driver.CUresult(code),))
+            except DeviceError as error:
+                failures[each] = error
+                with self._lock:
+                    self._allocated[each.address] = each.nbytes
+        return failures
 
     def staging(self, nbytes: int) -> CudaStaging:
         """Maps, touches and then registers memory: 40 GB/s where cudaHostAlloc makes 3 (on an H200's host)."""

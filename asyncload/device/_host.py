@@ -25,6 +25,7 @@ from asyncload.device._contract import (
     Residency,
     allocate_each,
     check_download,
+    free_each,
 )
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, NativeHostEvent, PassedAll
 from asyncload.device._pages import Pages
@@ -181,6 +182,10 @@ class HostDevice:
             del self._allocated[memory.address]
             self._used -= memory.nbytes
         self._dispose(pages)
+
+    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
+        """One after the other."""
+        return free_each(memory, self.free)
 
     def _dispose(self, pages: Pages) -> None:
         if not self._poison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
@@ -160,16 +161,21 @@ class Pause:
     """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
 
     It sleeps long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the loop is
-    often back first. Where another thread does not give the lock back at once, the next pause comes after as much work
-    as the last one took.
+    often back first. Where another thread does not give the lock back at once, the next pause, of this loop or of
+    another one of the process, comes after as much work as the last one took.
     """
 
+    _last = 0.0  # seconds that the process's last pause took; there is one interpreter lock
+
     def __init__(self) -> None:
-        self._not_before = time.perf_counter() + _UNDISTURBED
+        # beyond the switch interval the interpreter itself has the lock change hands
+        undisturbed = max(_UNDISTURBED, min(Pause._last, sys.getswitchinterval()))
+        self._not_before = time.perf_counter() + undisturbed
 
     def __call__(self) -> None:
         begin = time.perf_counter()
         if begin >= self._not_before:
             time.sleep(1e-4)
             end = time.perf_counter()
+            Pause._last = end - begin
             self._not_before = 2 * end - begin

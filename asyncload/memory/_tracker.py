@@ -265,14 +265,12 @@ class VramTracker:
         return True
 
     def _free(self, entries: list[Entry]) -> None:
-        freed: list[Entry] = []
-        for entry in (leaving := self._take_out(entries)):
-            try:
-                self._device.free(entry.memory)
-            except Exception as error:  # noqa: BLE001 - as above; the memory stays in the ledger, as it is taken
+        leaving = self._take_out(entries)
+        failures = self._device.free_all([entry.memory for entry in leaving])
+        freed = [entry for entry in leaving if entry.memory not in failures]
+        for entry in leaving:  # what is not freed stays in the ledger, as it is taken
+            if (error := failures.get(entry.memory)) is not None:
                 self._fail(f"could not free {entry.memory.nbytes} bytes ({entry.description})", error)
-            else:
-                freed.append(entry)
         with self._lock:
             self._leaving.difference_update(freed)
             self._outstanding -= len(leaving)

@@ -129,6 +129,18 @@ class DeviceConformance(DecodeConformance, ABC):
         with pytest.raises(DeviceError):
             device.free(memory)
 
+    def test_several_are_freed_at_once_but_for_what_was_not_allocated(self, device: Device) -> None:
+        device.free(device.allocate(_LARGE))
+        before = device.memory().free
+        made = [device.allocate(nbytes) for nbytes in (_PAGE, 0, _LARGE)]
+        wrong = DeviceMemory(made[2].address, _PAGE)
+        failures = device.free_all([made[0], wrong, made[1], made[2]])
+        assert [*failures] == [wrong]
+        assert isinstance(failures[wrong], DeviceError)
+        assert device.memory().free == before
+        assert set(device.free_all(made)) == {made[0], made[2]}
+        assert device.free_all([]) == {}
+
     def test_too_much_memory_is_refused_and_nothing_breaks(self, device: Device) -> None:
         with pytest.raises(OutOfDeviceMemoryError) as caught:
             device.allocate(1 << 60)

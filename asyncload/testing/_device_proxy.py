@@ -16,6 +16,7 @@ from asyncload.device import (
     WorkOnStream,
     WorkStream,
 )
+from asyncload.device._contract import free_each
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 
@@ -77,6 +78,10 @@ class DeviceProxy:
     def free(self, memory: DeviceMemory) -> None:
         """As the inner device."""
         self.inner.free(memory)
+
+    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
+        """Each by ``free``."""
+        return free_each(memory, self.free)
 
     def staging(self, nbytes: int) -> StagingMemory:
         """The inner device's."""

@@ -198,6 +198,18 @@ std::vector<Address> CudaDevice::allocate(const std::vector<std::size_t>& sizes)
     return addresses;
 }
 
+std::vector<CUresult> CudaDevice::free(const std::vector<Address>& addresses) {
+    try {
+        attach();
+    } catch (const CudaError& error) {
+        return std::vector(addresses.size(), error.code());
+    }
+    std::vector<CUresult> results;
+    results.reserve(addresses.size());
+    for (const Address address : addresses) results.push_back(driver().cuMemFree.result(address));
+    return results;
+}
+
 const Driver& CudaDevice::driver() const {
     return *context_->driver;
 }

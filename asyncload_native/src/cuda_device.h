@@ -29,6 +29,8 @@ class CudaDevice final : public Device {
 
     // Allocates memory of these sizes, all or none; 0 for none.
     std::vector<Address> allocate(const std::vector<std::size_t>& sizes);
+    // Frees memory that has been allocated, and returns what the driver said of each.
+    std::vector<CUresult> free(const std::vector<Address>& addresses);
 
     // Work on another library's stream, by its handle. Threads of the device's call the driver for it, as the caller
     // may hold a lock that others want while the driver lets them wait.

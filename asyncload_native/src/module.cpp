@@ -181,12 +181,17 @@ void bind_errors(nb::module_& module) {
 // What comes of a call that another thread makes. The interpreter lock is kept meanwhile, as beside a busy thread it
 // comes back after milliseconds only, but given up where the call takes longer than `patience`, in seconds.
 template <typename Result>
-Result await_answer(const CudaDevice& device, CudaDevice::Answer<Result> answer, double patience) {
+Result await_answer(std::future<Result> answer, double patience) {
     if (answer.wait_for(std::chrono::duration<double>(patience)) != std::future_status::ready) {
         const nb::gil_scoped_release unlocked;
         answer.wait();
     }
-    auto came = answer.get();
+    return answer.get();
+}
+
+template <typename Result>
+Result await_answer(const CudaDevice& device, CudaDevice::Answer<Result> answer, double patience) {
+    auto came = await_answer(std::move(answer), patience);
     if (const auto* const refusal = std::get_if<CudaDevice::Refusal>(&came)) device.raise(*refusal);
     return std::get<Result>(std::move(came));
 }
@@ -223,6 +228,8 @@ void bind_devices(nb::module_& module) {
              "driver"_a, "index"_a, "Raises CudaError.")
         .def("allocate", &CudaDevice::allocate, "sizes"_a, Unlocked(),
              "The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.")
+        .def("free", &CudaDevice::free, "addresses"_a, Unlocked(),
+             "Frees what was allocated; a CUresult for each, 0 where it was freed.")
         .def(
             "begin_work",
             [](CudaDevice& device, std::uint64_t stream, std::vector<std::shared_ptr<Event>> after, double patience) {
@@ -270,28 +277,49 @@ std::vector<SpanRow> take(Spans& spans) {
     return rows;
 }
 
+struct Opened {
+    std::shared_ptr<File> file;
+    std::string head;
+};
+
+// The error as a value: exceptions stay on their threads.
+std::variant<Opened, ReadError> open_with_head(const std::string& path, std::uint64_t head) {
+    try {
+        Opened opened{File::open(path), {}};
+        opened.head.resize(std::min(head, opened.file->size()));
+        make_reader(Strategy::pread)
+            ->read(*opened.file, 0, {reinterpret_cast<std::byte*>(opened.head.data()), opened.head.size()});
+        return opened;
+    } catch (const ReadError& error) {
+        return error;
+    }
+}
+
+// On a thread of its own; where the system has none left, on that of whoever waits for it.
+std::future<std::variant<Opened, ReadError>> open_elsewhere(const std::string& path, std::uint64_t head) {
+    try {
+        return std::async(std::launch::async, open_with_head, path, head);
+    } catch (const std::system_error&) {
+        return std::async(std::launch::deferred, open_with_head, path, head);
+    }
+}
+
 void bind_job(nb::module_& module) {
     nb::class_<File>(module, "File", "A file held open.")
         .def_static("share", &File::share, "path"_a, "descriptor"_a, "By a descriptor of its own, or raises ReadError.")
         .def_static(
             "open",
-            [](const nb::bytes& name, std::uint64_t head) {
-                const std::string path(name.c_str(), name.size());
-                std::shared_ptr<File> file;
-                std::string beginning;
-                {
-                    const nb::gil_scoped_release unlocked;
-                    file = File::open(path);
-                    beginning.resize(std::min(head, file->size()));
-                    make_reader(Strategy::pread)
-                        ->read(*file, 0, {reinterpret_cast<std::byte*>(beginning.data()), beginning.size()});
-                }
+            [](const nb::bytes& name, std::uint64_t head, double patience) {
+                const auto came = await_answer(open_elsewhere({name.c_str(), name.size()}, head), patience);
+                if (const auto* const error = std::get_if<ReadError>(&came)) throw ReadError(*error);
+                const auto& [file, beginning] = std::get<Opened>(came);
                 return nb::make_tuple(file, nb::bytes(beginning.data(), beginning.size()));
             },
-            "path"_a, "head"_a,
+            "path"_a, "head"_a, "patience"_a = default_patience,
             "Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises\n"
-            "ReadError.",
-            nb::sig("def open(path: bytes, head: int) -> tuple[File, bytes]"))
+            "ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience`` seconds\n"
+            "at most.",
+            nb::sig("def open(path: bytes, head: int, patience: float = ...) -> tuple[File, bytes]"))
         .def(
             "read",
             [](const File& file, std::uint64_t offset, const Bytes& buffer) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,12 @@ def stub_cuda(_stub_library: StubCuda) -> Iterator[StubCuda]:
     violations = _stub_library.violations
     _stub_library.reset()
     assert violations == []
+
+
+@pytest.fixture
+def without_turns() -> Iterator[None]:
+    """No thread loses the interpreter lock before it gives it up."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(interval)

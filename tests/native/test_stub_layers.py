@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -52,15 +51,6 @@ def device(stub_cuda: StubCuda) -> Iterator[StubDevice]:
     device.close()
 
 
-@pytest.fixture
-def _without_turns() -> Iterator[None]:
-    """No thread loses the interpreter lock before it gives it up."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1000.0)
-    yield
-    sys.setswitchinterval(interval)
-
-
 @pytest.mark.anyio
 @pytest.mark.parametrize("host", ["slabs", "file"])
 async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cuda: StubCuda, host: str) -> None:
@@ -79,7 +69,7 @@ async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cu
         assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
 
 
-@pytest.mark.usefixtures("_without_turns")
+@pytest.mark.usefixtures("without_turns")
 def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(stub_cuda: StubCuda, device: StubDevice) -> None:
     stream, turns, done = stub_cuda.make("cuStreamCreate", 0), 0, False
     native = device.native()
@@ -105,7 +95,7 @@ def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(stub_cuda: 
     other.join()
 
 
-@pytest.mark.usefixtures("_without_turns")
+@pytest.mark.usefixtures("without_turns")
 @pytest.mark.parametrize("call", ["begin", "end"])
 def test_the_lock_is_given_up_where_the_driver_lets_wait(stub_cuda: StubCuda, device: StubDevice, call: str) -> None:
     work, stalled = device.adopt(stub_cuda.make("cuStreamCreate", 0)), threading.Event()

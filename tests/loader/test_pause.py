@@ -1,0 +1,78 @@
+"""How a loop on a thread shares the interpreter lock."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from asyncload.loader import _open
+from asyncload.loader._open import Pause
+
+
+class Clock:
+    """Time that passes where it is slept, ``longer`` than was asked for, as beside a thread that keeps the lock."""
+
+    def __init__(self) -> None:
+        self.now, self.longer, self.sleeps = 100.0, 0.0, 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps += 1
+        self.now += seconds + self.longer
+
+    def work(self, pause: Pause, seconds: float) -> int:
+        """How often it pauses in so much work."""
+        before, end = self.sleeps, self.now + seconds
+        while self.now < end:
+            slept = self.now
+            pause()
+            end += self.now - slept
+            self.now += 1e-5
+        return self.sleeps - before
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(_open, "time", clock)
+    monkeypatch.setattr(Pause, "_last", 0.0)
+    yield clock
+
+
+def test_little_work_is_not_worth_a_pause(clock: Clock) -> None:
+    assert clock.work(Pause(), 0.0009) == 0
+
+
+def test_others_come_to_the_lock_while_there_is_much_work(clock: Clock) -> None:
+    assert clock.work(Pause(), 0.0101) > 40
+
+
+def test_what_a_pause_took_is_worked_before_the_next_one(clock: Clock) -> None:
+    clock.longer = 0.02
+    assert clock.work(Pause(), 0.05) == 3
+
+
+def test_also_by_the_next_loop(clock: Clock) -> None:
+    clock.longer = 0.003
+    clock.work(Pause(), 0.0011)
+    assert clock.work(Pause(), 0.003) == 0
+    assert clock.work(Pause(), 0.0035) == 1
+
+
+def test_for_a_switch_interval_at_most(clock: Clock) -> None:
+    clock.longer = 1.0
+    clock.work(Pause(), 0.0011)
+    assert clock.work(Pause(), sys.getswitchinterval() - 1e-4) == 0
+    assert clock.work(Pause(), sys.getswitchinterval() + 1e-4) == 1
+
+
+def test_and_no_longer_once_the_lock_is_free_again(clock: Clock) -> None:
+    clock.longer = 0.003
+    clock.work(Pause(), 0.0011)
+    clock.longer = 0.0
+    clock.work(Pause(), 0.0035)
+    assert clock.work(Pause(), 0.0011) > 0
