@@ -118,11 +118,12 @@ class Bench:
         """Measures a part and prints what came of it."""
         preset = self.arguments.preset or _PRESETS[self.kind]
         idle, busy = (0,), (0, *self.arguments.spinning)
-        if part == "loads":  # also what safetensors, being slow, does beside threads that spin
-            slow = busy if "spin" in (self.arguments.parts or _PARTS[self.kind]) else idle
-            self._load(preset, "Q8_0", {"asyncload": idle, "instanttensor": idle, "safetensors": slow})
+        one = busy[:2]  # beside more threads others take minutes
+        if part == "loads":  # also what safetensors and the Python engine, being slow, do beside a thread that spins
+            slow = one if "spin" in (self.arguments.parts or _PARTS[self.kind]) else idle
+            self._load(preset, "Q8_0", {NATIVE: idle, PYTHON: slow, "instanttensor": idle, "safetensors": slow})
         elif part == "spin":
-            self._load(self.arguments.spin_preset, "F32", {"asyncload": busy, "instanttensor": busy})
+            self._load(self.arguments.spin_preset, "F32", {NATIVE: busy, PYTHON: idle, "instanttensor": one})
         elif part == "decode":
             self._decode(preset)
         else:
@@ -161,7 +162,7 @@ class Bench:
             entries: list[tuple[Contestant, int]] = []
             for engine, title in _ENGINES.items():
                 loader = await stack.enter_async_context(Loader(name, options=replace(self.native, engine=engine)))
-                entries += [(ours(title, loader, file), threads) for threads in beside["asyncload"]]
+                entries += [(ours(title, loader, file), threads) for threads in beside[title]]
             for peer in self.peers:
                 for title, load in safetensors_loaders(file.path, name, wanted=[peer]).items():
                     entries += [(theirs(title, load), threads) for threads in beside.get(peer, ())]

@@ -28,14 +28,15 @@ _UNDISTURBED: Final = 0.001  # seconds of work that are not worth a pause
 class OpenedModel:
     """A model's sources and its header; an async context manager that closes the sources which it opened itself.
 
-    ``run`` is where blocking calls go; ``native`` lets C++ read files, where it can.
+    ``run`` is where blocking calls go; ``native`` lets C++ read files, where it can. ``pause`` is for loops on the
+    threads of ``run``.
     """
 
     def __init__(self, run: RunBlocking, *, strict: bool = False, native: bool = True) -> None:
         self._run = run
         self._strict = strict
         self._native = native
-        self._pause = Pause()
+        self.pause = Pause()
         self._owned: list[BlockingSource] = []
         self.sources: list[Source] = []
         self.header: Header
@@ -69,7 +70,7 @@ class OpenedModel:
             await self._run(self._join, headers, names, then)
 
     def _join(self, headers: Sequence[Header | None], names: Sequence[str], then: Callable[[], None]) -> None:
-        self.header = join_parts(headers, names, pause=self._pause)
+        self.header = join_parts(headers, names, pause=self.pause)
         then()
 
     def _open_path(self, path: str, then: Callable[[], None]) -> None:
@@ -97,7 +98,7 @@ class OpenedModel:
         return source
 
     def _parser(self, source: Source) -> HeaderParser:
-        return HeaderParser(source.size, strict=self._strict, url=source.url, pause=self._pause)
+        return HeaderParser(source.size, strict=self._strict, url=source.url, pause=self.pause)
 
     async def _read_header(self, source: Source) -> Header:
         parser = self._parser(source)

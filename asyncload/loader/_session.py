@@ -59,7 +59,10 @@ class Session(Sink):
         into = self.request.into or {}
         if into:
             self.engine.device.attach()
-        targets = {name: borrow(buffer, tensor_name=name) for name, buffer in into.items()}
+        targets: dict[str, Target] = {}
+        for name, buffer in into.items():
+            targets[name] = borrow(buffer, tensor_name=name)
+            self.opened.pause()
         unaligned = {name for name, target in targets.items() if target.address % ALIGNMENT}
         self.backend = self.engine.backend(self.opened.sources)
         self.plan = self._plan(self.engine.options.decode, unaligned)

@@ -163,9 +163,15 @@ class Engine::Worker {
             const auto function = reinterpret_cast<HostKernel>(tensor.kernel.handle);
             std::byte* const target = in_place ? pointer(job.targets_[segment.tensor] + segment.target_offset)
                                                : &lane.buffer[segment.upload_offset];
-            if (function(address(&lane.buffer[segment.source_offset]), address(target),
-                         static_cast<std::intptr_t>(segment.source_nbytes / tensor.block_nbytes)) != 1)
-                return false;
+            const std::uint64_t blocks = segment.source_nbytes / tensor.block_nbytes;
+            const std::uint64_t decoded = segment.target_nbytes / blocks, most = std::max(stretch / decoded, 1UL);
+            for (std::uint64_t block = 0; block < blocks; block += most) {
+                const std::byte* const source = &lane.buffer[segment.source_offset + block * tensor.block_nbytes];
+                if (function(address(source), address(target + block * decoded),
+                             static_cast<std::intptr_t>(std::min(most, blocks - block))) != 1)
+                    return false;
+                make_way();
+            }
             job.spans_.note(Span::What::decode, index_, segment.tensor, first);
             nbytes += segment.target_nbytes;
         }

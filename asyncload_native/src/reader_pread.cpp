@@ -5,6 +5,7 @@
 #include <string>
 
 #include "readers.h"
+#include "threads.h"
 
 namespace asyncload {
 
@@ -21,7 +22,8 @@ class PreadReader final : public Reader {
 
 void pread_all(const File& file, std::uint64_t offset, std::span<std::byte> buffer) {
     while (!buffer.empty()) {
-        const ssize_t count = ::pread(file.fd(), buffer.data(), buffer.size(), static_cast<off_t>(offset));
+        const std::size_t most = std::min(buffer.size(), stretch);
+        const ssize_t count = ::pread(file.fd(), buffer.data(), most, static_cast<off_t>(offset));
         if (count == 0) {
             file.check_unchanged();
             const std::uint64_t end = std::min(offset, file.size());  // which has not changed
@@ -31,6 +33,7 @@ void pread_all(const File& file, std::uint64_t offset, std::span<std::byte> buff
         if (count > 0) {
             offset += static_cast<std::uint64_t>(count);
             buffer = buffer.subspan(static_cast<std::size_t>(count));
+            make_way();
         } else if (errno != EINTR) {
             throw file.failed(errno, offset);
         }

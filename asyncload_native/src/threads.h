@@ -1,12 +1,14 @@
-// What the engine's threads are called, and how important they are.
+// What the engine's threads are called, how important they are, and how they make way.
 #pragma once
 
+#include <sched.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
 
 namespace asyncload {
 
@@ -21,6 +23,15 @@ inline void lower_priority(int nice) {
     errno = 0;
     const int now = getpriority(PRIO_PROCESS, thread);
     if (nice > 0 && errno == 0) setpriority(PRIO_PROCESS, thread, std::min(now + nice, 19));
+}
+
+// Bytes that a thread reads or writes before it offers its core to others: a few tenths of a millisecond. The scheduler
+// lets it keep the core for some milliseconds otherwise, also where a thread of higher priority has woken up for it, such
+// as an event loop's.
+inline constexpr std::size_t stretch = 1 << 20;
+
+inline void make_way() {
+    sched_yield();
 }
 
 }  // namespace asyncload

@@ -337,8 +337,8 @@ def test_the_table_has_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     loads, spin = results["races"]
     ours = ["asyncload, native", "asyncload, python"]
     kinds = {(row["loader"].partition(".")[0], row["spinning"]) for row in loads["lines"]}
-    assert kinds == {(ours[0], 0), (ours[1], 0), ("safetensors", 0), ("safetensors", 1)}
-    assert [(row["loader"], row["spinning"]) for row in spin["lines"]] == [(name, n) for name in ours for n in (0, 1)]
+    assert kinds == {(ours[0], 0), (ours[1], 0), (ours[1], 1), ("safetensors", 0), ("safetensors", 1)}
+    assert [(row["loader"], row["spinning"]) for row in spin["lines"]] == [(ours[0], 0), (ours[0], 1), (ours[1], 0)]
     for row in loads["lines"] + spin["lines"]:
         rate = row["nbytes"] / row["seconds"]
         assert row["of_limit"] == pytest.approx(rate / loads_or_spin(row, loads, spin)["limits"][0])
