@@ -5,6 +5,7 @@ ImportError.
 """
 
 from asyncload_native._native import (
+    Admission,
     CudaDevice,
     CudaError,
     Device,
@@ -24,6 +25,7 @@ from asyncload_native._native import (
     Race,
     ReaderChoice,
     ReadError,
+    Recipient,
     Strategy,
     Times,
     Wake,
@@ -37,6 +39,7 @@ from asyncload_native._native import (
 )
 
 __all__ = [
+    "Admission",
     "CudaDevice",
     "CudaError",
     "Device",
@@ -56,6 +59,7 @@ __all__ = [
     "Race",
     "ReadError",
     "ReaderChoice",
+    "Recipient",
     "Strategy",
     "Times",
     "Wake",

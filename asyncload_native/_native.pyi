@@ -82,6 +82,9 @@ class Device:
     def adopt_event(self, handle: int) -> Event:
         """Somebody else's event, as long as its owner keeps it."""
 
+class Recipient:
+    """Whoever is told of memory as soon as it is allocated."""
+
 class CudaDevice(Device):
     """A CUDA device, in its primary context."""
 
@@ -91,6 +94,12 @@ class CudaDevice(Device):
     def allocate(self, sizes: Sequence[int]) -> list[int]:
         """
         The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.
+        """
+
+    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[int]:
+        """
+        As many of these as there is memory for, from the first on; each goes to the recipient at once. Raises
+        CudaError where none was tried.
         """
 
     def free(self, addresses: Sequence[int]) -> list[int]:
@@ -394,6 +403,22 @@ class Engine:
 
     def close(self) -> None:
         """Ends all jobs and the threads; blocks."""
+
+class Admission(Recipient):
+    """Has a job's tensors moved as those that are awaited get their memory."""
+
+    def __init__(self, engine: Engine, job: Job, targets: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], awaited: Sequence[int]) -> None:
+        """
+        ``targets``: of all tensors, whatever for those awaited, which are given by their numbers, in order. The
+        job has been submitted, and nobody else admits anything of it meanwhile.
+        """
+
+    def give(self, address: int) -> None:
+        """The memory of the next one; raises IndexError where all have theirs."""
+
+    @property
+    def admitted(self) -> int:
+        """How many tensors the engine knows the targets of."""
 
 class FeedNews:
     """What has come of a feeding."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
-from asyncload.errors import PlanError, RangeError
+from asyncload.errors import DeviceError, PlanError, RangeError
 from asyncload.gguf import GGMLType
 from asyncload.options import DeviceKind
 from asyncload.quant import DType, cuda
@@ -23,12 +23,14 @@ __all__ = [
     "DeviceMemory",
     "Event",
     "MemoryInfo",
+    "Recipient",
     "Residency",
     "StagingMemory",
     "Stream",
     "WorkOnStream",
     "WorkStream",
     "allocate_each",
+    "allocate_until",
     "check_decode",
     "check_download",
     "check_upload",
@@ -208,6 +210,14 @@ class WorkOnStream(ABC):
         return self.record(timing=True)
 
 
+class Recipient(Protocol):
+    """Whoever is told of memory as soon as it is allocated."""
+
+    def give(self, address: int) -> None:
+        """Takes the address of the next of what was asked for; on any thread."""
+        ...
+
+
 @runtime_checkable
 class Device(Protocol):
     """A place with memory of its own and streams that copy into it; all methods may be called on any thread."""
@@ -231,6 +241,13 @@ class Device(Protocol):
 
     def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
         """Allocates several, all or none, as ``allocate`` does each."""
+        ...
+
+    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
+        """Allocates as many of several as there is memory for, from the first on, as ``allocate`` does each.
+
+        Each goes to ``recipient`` as soon as it is there. Why there are no more, ``allocate`` of the next one says.
+        """
         ...
 
     def free(self, memory: DeviceMemory) -> None:
@@ -321,6 +338,20 @@ def allocate_each(
         for each in memory:
             free(each)
         raise
+    return memory
+
+
+def allocate_until(
+    sizes: Sequence[int], allocate: Callable[[int], DeviceMemory], recipient: Recipient
+) -> list[DeviceMemory]:
+    """Makes ``allocate_some`` of a device's ``allocate``."""
+    memory: list[DeviceMemory] = []
+    for nbytes in sizes:
+        try:
+            memory.append(allocate(nbytes))
+        except DeviceError:
+            break
+        recipient.give(memory[-1].address)
     return memory
 
 

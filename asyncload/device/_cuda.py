@@ -26,11 +26,13 @@ from asyncload.device._contract import (
     DeviceMemory,
     Event,
     MemoryInfo,
+    Recipient,
     Residency,
     StagingMemory,
     WorkOnStream,
     WorkStream,
     allocate_each,
+    allocate_until,
     check_decode,
     check_download,
     check_upload,
@@ -396,17 +398,32 @@ class CudaDevice:
         """By C++ where that is there, which gives the interpreter lock up once for all of them."""
         if self._native is None:
             return allocate_each(sizes, self.allocate, self.free)
-        module = _load("asyncload_native")
-        try:
+        with self._mapping_native_errors(sum(sizes)):
             addresses = self._native.allocate(sizes)
-        except module.CudaError as error:
-            if error.name == _OUT_OF_MEMORY:
-                raise self._out_of_memory(sum(sizes)) from error
-            raise DeviceError(f"{self._name}: {error}", device=self._name, code=error.name) from error
+        return self._note(addresses, sizes)
+
+    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
+        """By C++ where that is there, and takes addresses: the interpreter lock is given up once for all of them."""
+        if self._native is None or not isinstance(recipient, _load("asyncload_native").Recipient):
+            return allocate_until(sizes, self.allocate, recipient)
+        with self._mapping_native_errors(sum(sizes)):
+            addresses = self._native.allocate_some(sizes, recipient)
+        return self._note(addresses, sizes[: len(addresses)])
+
+    def _note(self, addresses: Sequence[int], sizes: Sequence[int]) -> list[DeviceMemory]:
         memory = [DeviceMemory(address, nbytes) for address, nbytes in zip(addresses, sizes, strict=True)]
         with self._lock:
             self._allocated.update((each.address, each.nbytes) for each in memory if each.nbytes)
         return memory
+
+    @contextmanager
+    def _mapping_native_errors(self, nbytes: int) -> Generator[None]:
+        try:
+            yield
+        except _load("asyncload_native").CudaError as error:
+            if error.name == _OUT_OF_MEMORY:
+                raise self._out_of_memory(nbytes) from error
+            raise DeviceError(f"{self._name}: {error}", device=self._name, code=error.name) from error
 
     def _out_of_memory(self, nbytes: int) -> OutOfDeviceMemoryError:
         free = self.memory().free

@@ -22,8 +22,10 @@ from asyncload.device._contract import (
     DeviceMemory,
     Event,
     MemoryInfo,
+    Recipient,
     Residency,
     allocate_each,
+    allocate_until,
     check_download,
     free_each,
 )
@@ -164,6 +166,10 @@ class HostDevice:
     def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
         """One after the other."""
         return allocate_each(sizes, self.allocate, self.free)
+
+    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
+        """One after the other."""
+        return allocate_until(sizes, self.allocate, recipient)
 
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfDeviceMemoryError:
         return OutOfDeviceMemoryError(

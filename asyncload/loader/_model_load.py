@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import accumulate
-from typing import Final
 
 from asyncload.errors import AsyncloadError, PlanError, SourceChangedError
 from asyncload.loader._session import Request, Session
 from asyncload.model import Model, Partial, Tensor
 from asyncload.pipeline import Engine
-from asyncload.plan import LoadPlan
 
 __all__ = ["load_model"]
-
-_FIRST: Final = 1 / 8  # of the bytes: what moves while the other tensors' memory is allocated
 
 
 async def load_model(engine: Engine, request: Request, resume: Partial | None = None) -> Model:
@@ -58,22 +53,12 @@ def _prepare(session: Session, resume: Partial | None) -> None:
     The first bytes are on their way while the memory of the rest is allocated.
     """
     session.make_plan()
-    everything = range(len(session.plan.tensors))
     if resume is not None:
         arrived = _check(session, resume)
-        session.allocate([index for index in everything if index not in arrived])
+        session.allocate([index for index in range(len(session.plan.tensors)) if index not in arrived])
         _take_over(session, resume, arrived)
     session.make_transfer()
-    first = _count_first(session.plan, session.plan.device_nbytes * _FIRST)
-    for part in everything[:first], everything[first:]:
-        session.allocate(part)
-        session.begin(part.stop)
-
-
-def _count_first(plan: LoadPlan, nbytes: float) -> int:
-    """How many of the first tensors have that many bytes together."""
-    sums = accumulate(tensor.nbytes for tensor in plan.tensors)
-    return next((count for count, total in enumerate(sums, 1) if total >= nbytes), len(plan.tensors))
+    session.begin()
 
 
 def _check(session: Session, partial: Partial) -> dict[int, Tensor]:

@@ -89,10 +89,19 @@ class Session(Sink):
         if isinstance(self.backend, NativeBackend):
             self.opened.hand_over()
 
-    def begin(self, count: int) -> None:
-        """Lets the first ``count`` tensors, which have memory, be moved."""
+    def begin(self) -> None:
+        """Allocates device memory for the tensors that have none, which may be moved as they get it; blocks."""
         assert self.transfer is not None
-        self.transfer.admit(count)
+        everything = range(len(self.plan.tensors))
+        missing = [index for index in everything if index not in self.memory]
+        if missing and (recipient := self.transfer.recipient(missing)) is not None:
+
+            def keep(position: int, allocation: Allocation) -> None:
+                self.memory[missing[position]] = allocation
+
+            self.engine.tracker.allocate_some(self._sizes(missing), Purpose.WEIGHTS, recipient, keep)
+        self.allocate(everything)
+        self.transfer.admit(len(everything))
 
     async def run(self) -> None:
         """Moves what is to be moved."""
@@ -126,9 +135,11 @@ class Session(Sink):
     def allocate(self, tensors: Collection[int]) -> None:
         """Allocates device memory for those of the tensors that have none; blocks."""
         missing = [index for index in tensors if index not in self.memory]
-        sizes = {self.plan.tensors[index].info.name: self.plan.tensors[index].nbytes for index in missing}
-        for index, allocation in zip(missing, self.engine.tracker.allocate_all(sizes, Purpose.WEIGHTS), strict=True):
-            self.memory[index] = allocation
+        allocations = self.engine.tracker.allocate_all(self._sizes(missing), Purpose.WEIGHTS)
+        self.memory.update(zip(missing, allocations, strict=True))
+
+    def _sizes(self, tensors: Collection[int]) -> dict[str, int]:
+        return {self.plan.tensors[index].info.name: self.plan.tensors[index].nbytes for index in tensors}
 
     def hand_out(self, index: int) -> Tensor:
         """Makes a tensor of a complete target, which is the tensor's from now on."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from asyncload.device import Device, DeviceMemory, Residency
+from asyncload.device import Device, DeviceMemory, Recipient, Residency
 from asyncload.errors import ClosedError, LedgerError, OutOfDeviceMemoryError, PlanError, ResidencyError
 from asyncload.memory._allocation import Allocation, Reclaim, Registration
 from asyncload.memory._ledger import Entry, Ledger, Purpose
@@ -36,6 +36,7 @@ class VramTracker:
         self._reclaim: Reclaim = queue.SimpleQueue()
         self._lock = threading.Lock()  # over all that follows
         self._ledger = Ledger(self._name)
+        self._strays: set[Entry] = set()  # allocated where somebody else's registration stands in the ledger
         self._leaving: set[Entry] = set()  # being freed: the device may already give the address to somebody else
         self._outstanding = 0  # allocations that the thread still has to see
         self._failures: list[Exception] = []
@@ -86,6 +87,33 @@ class VramTracker:
             raise
         return allocations
 
+    def allocate_some(
+        self, sizes: Mapping[str, int], purpose: Purpose, recipient: Recipient, keep: Callable[[int, Allocation], None]
+    ) -> None:
+        """Allocates as many of several as the device has memory for, from the first on. Blocks.
+
+        ``recipient`` is told of each as soon as it is there, and may have the device write to it from then on; ``keep``
+        gets them afterwards, with their positions among the sizes, also where this raises: ``ClosedError`` after
+        ``close``, ``DeviceError``, and ``LedgerError`` if the device hands out memory that is in the ledger. Why there
+        are no more, ``allocate`` of the next one says.
+        """
+        with self._lock:
+            self._check_open()
+        errors: list[LedgerError] = []
+        made = self._device.allocate_some(list(sizes.values()), recipient)
+        for position, (memory, description) in enumerate(zip(made, sizes, strict=False)):
+            entry = Entry(memory, purpose, description)
+            if memory.nbytes and (other := self._enter(entry)) is not None:
+                errors.append(self._ledger.overlap(entry, other))
+                if not other.registered:
+                    continue
+                with self._lock:  # it is freed when its owner, who may have it written to, lets it go
+                    self._strays.add(entry)
+                    self._outstanding += 1
+            keep(position, Allocation(entry, self._reclaim))
+        if errors:
+            raise errors[0]
+
     def _allocate(self, nbytes: int, purpose: Purpose, description: str) -> DeviceMemory:
         try:
             return self._device.allocate(nbytes)
@@ -107,13 +135,19 @@ class VramTracker:
                 code=error.code,
             ) from error
 
-    def _record(self, entry: Entry) -> None:
+    def _enter(self, entry: Entry) -> Entry | None:
+        """Enters a line into the ledger; returns the other one that has its memory already."""
         with self._lock:
             other = self._ledger.overlapping(entry.memory)
             if other is None:
                 self._ledger.add(entry)
                 self._outstanding += 1
-                return
+            return other
+
+    def _record(self, entry: Entry) -> None:
+        other = self._enter(entry)
+        if other is None:
+            return
         # What the device gave is ours: its former owner has freed it and not closed his registration. Memory that we
         # hold already is a device gone wrong, of which freeing would take what is in use.
         if other.registered:
@@ -281,6 +315,10 @@ class VramTracker:
         unknown: list[LedgerError] = []
         with self._lock:
             for entry in entries:
+                if entry in self._strays:
+                    self._strays.remove(entry)
+                    leaving.append(entry)
+                    continue
                 try:
                     self._ledger.remove(entry)
                 except LedgerError as error:

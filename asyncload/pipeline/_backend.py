@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal, Protocol
 
-from asyncload.device import DeviceMemory, Event
+from asyncload.device import DeviceMemory, Event, Recipient
 from asyncload.memory import Scratch
 from asyncload.options import Options
 from asyncload.pipeline._stats import LoadStats
@@ -46,11 +46,18 @@ class Sink:
 class Transfer(Protocol):
     """Moves the tensors of a plan from their sources into device memory, once.
 
-    ``prepare``, ``admit`` and ``run`` are called in this order, ``end`` at last.
+    ``prepare``, ``recipient``, ``admit`` and ``run`` are called in this order, ``end`` at last.
     """
 
     def prepare(self) -> None:
         """Takes what it needs beside staging memory; blocks. Raises what the scratch's allocation raises."""
+        ...
+
+    def recipient(self, tensors: Sequence[int]) -> Recipient | None:
+        """Who takes the targets of these tensors, in order, and has them moved meanwhile; all others have theirs.
+
+        None where nothing moves before ``run``. Not where the sink limits; on any thread.
+        """
         ...
 
     def admit(self, count: int) -> None:

@@ -147,6 +147,7 @@ class NativeTransfer:
         self._missing = len(plan.tensors) - len(skip)  # tensors
         self._error: BaseException | None = None
         self._scratch: Sequence[DeviceMemory] = ()
+        self._admission: Any = None
         self._admitted = 0
 
     def stats(self) -> LoadStats:
@@ -240,8 +241,20 @@ class NativeTransfer:
 
     # Admission
 
+    def recipient(self, tensors: Sequence[int]) -> Any:
+        """An ``asyncload_native.Admission``."""
+        import numpy as np
+
+        awaited = set(tensors)
+        targets = [0 if index in awaited else self._target(index) for index in range(len(self._plan.tensors))]
+        backend = self._backend
+        self._admission = backend.module.Admission(backend.engine, self._job, np.array(targets, np.uint64), tensors)
+        return self._admission
+
     def admit(self, count: int) -> None:
         """Has the groups moved that are complete with them, at once."""
+        if self._admission is not None:
+            self._admitted = self._admission.admitted
         groups = self._job.groups
         whole = groups[count] if count < len(groups) else max(groups, default=-1) + 1
         self._admit(range(self._admitted, count), whole)
@@ -264,8 +277,11 @@ class NativeTransfer:
         """Tells the engine where tensors go, and how many groups may be moved."""
         import numpy as np
 
-        addresses = [0 if index in self._skip else self._sink.target(index).address for index in tensors]
+        addresses = [self._target(index) for index in tensors]
         self._backend.engine.admit(self._job, groups, tensors.start, np.array(addresses, np.uint64))
+
+    def _target(self, index: int) -> int:
+        return 0 if index in self._skip else self._sink.target(index).address
 
     # Hearing of it
 

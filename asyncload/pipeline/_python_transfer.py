@@ -96,6 +96,9 @@ class PythonTransfer:
         if self._plan.kernels(Decode.DEVICE) and self._tensors_left:
             self._scratch = self._backend.scratch.acquire()
 
+    def recipient(self, tensors: Sequence[int]) -> None:
+        """Nobody: it begins when it is run."""
+
     def admit(self, count: int) -> None:
         """Nothing: it begins when it is run."""
 

@@ -129,6 +129,19 @@ class DeviceConformance(DecodeConformance, ABC):
         with pytest.raises(DeviceError):
             device.free(memory)
 
+    def test_of_several_each_is_given_as_it_is_allocated_until_there_is_no_more(self, device: Device) -> None:
+        given: list[int] = []
+
+        class Notes:
+            def give(self, address: int) -> None:
+                given.append(address)
+
+        made = device.allocate_some([_PAGE, 0, _LARGE, 1 << 60, _PAGE], Notes())
+        assert [memory.nbytes for memory in made] == [_PAGE, 0, _LARGE]
+        assert given == [memory.address for memory in made]
+        assert device.free_all(made) == {}
+        assert device.allocate_some([], Notes()) == []
+
     def test_several_are_freed_at_once_but_for_what_was_not_allocated(self, device: Device) -> None:
         device.free(device.allocate(_LARGE))
         before = device.memory().free

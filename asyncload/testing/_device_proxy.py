@@ -10,13 +10,14 @@ from asyncload.device import (
     DeviceMemory,
     Event,
     MemoryInfo,
+    Recipient,
     Residency,
     StagingMemory,
     Stream,
     WorkOnStream,
     WorkStream,
 )
-from asyncload.device._contract import free_each
+from asyncload.device._contract import allocate_until, free_each
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 
@@ -74,6 +75,10 @@ class DeviceProxy:
     def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
         """As the inner device."""
         return self.inner.allocate_all(sizes)
+
+    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
+        """Each by ``allocate``."""
+        return allocate_until(sizes, self.allocate, recipient)
 
     def free(self, memory: DeviceMemory) -> None:
         """As the inner device."""

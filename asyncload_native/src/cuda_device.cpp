@@ -198,6 +198,19 @@ std::vector<Address> CudaDevice::allocate(const std::vector<std::size_t>& sizes)
     return addresses;
 }
 
+std::vector<Address> CudaDevice::allocate_some(const std::vector<std::size_t>& sizes, Recipient& recipient) {
+    attach();
+    std::vector<Address> addresses;
+    addresses.reserve(sizes.size());
+    for (const std::size_t nbytes : sizes) {
+        CUdeviceptr address = 0;
+        if (nbytes && driver().cuMemAlloc.result(&address, nbytes) != CUDA_SUCCESS) break;
+        addresses.push_back(address);
+        recipient.give(address);
+    }
+    return addresses;
+}
+
 std::vector<CUresult> CudaDevice::free(const std::vector<Address>& addresses) {
     try {
         attach();

@@ -29,6 +29,9 @@ class CudaDevice final : public Device {
 
     // Allocates memory of these sizes, all or none; 0 for none.
     std::vector<Address> allocate(const std::vector<std::size_t>& sizes);
+    // As many of these as there is memory for, from the first on; whoever asks for the next one learns why there are no
+    // more. Each goes to `recipient` at once.
+    std::vector<Address> allocate_some(const std::vector<std::size_t>& sizes, Recipient& recipient);
     // Frees memory that has been allocated, and returns what the driver said of each.
     std::vector<CUresult> free(const std::vector<Address>& addresses);
 

@@ -83,6 +83,14 @@ class Stream {
     virtual std::uint64_t handle() const noexcept = 0;
 };
 
+// Whoever is told of memory as soon as it is allocated.
+class Recipient {
+  public:
+    virtual ~Recipient() = default;
+    // The address of the next of what was asked for.
+    virtual void give(Address address) = 0;
+};
+
 class Device : public std::enable_shared_from_this<Device> {
   public:
     virtual ~Device() = default;

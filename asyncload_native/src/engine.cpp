@@ -328,7 +328,7 @@ void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std:
     if (ended) ended->settle();
 }
 
-void Engine::admit(Job& job, std::uint32_t groups, std::size_t first, const std::vector<Address>& targets) {
+void Engine::admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets) {
     const std::lock_guard lock(mutex_);
     if (first > job.targets_.size() || targets.size() > job.targets_.size() - first)
         throw std::out_of_range("there are not so many tensors");

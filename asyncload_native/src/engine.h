@@ -44,7 +44,7 @@ class Engine {
     void submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::shared_ptr<Event>> after);
     // Lets the groups below `groups` be moved, for which the targets, from tensor `first` on, are given. Throws
     // `std::out_of_range` for more than there are.
-    void admit(Job& job, std::uint32_t groups, std::size_t first, const std::vector<Address>& targets);
+    void admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets);
     // Takes no further chunk of it; it ends once nothing of it is under way.
     void cancel(Job& job);
     // Whether a job uses a staging buffer.

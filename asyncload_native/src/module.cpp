@@ -18,6 +18,7 @@
 #include <utility>
 #include <variant>
 
+#include "admission.h"
 #include "build_info.h"
 #include "consumer.h"
 #include "cuda_device.h"
@@ -221,6 +222,7 @@ void bind_devices(nb::module_& module) {
         .def_prop_ro("handle", &Event::handle, "What other libraries know it by; 0 on the host.");
     nb::class_<Device>(module, "Device", "A device's operations, as the engine asks for them.")
         .def("adopt_event", &Device::adopt_event, "handle"_a, "Somebody else's event, as long as its owner keeps it.");
+    nb::class_<Recipient>(module, "Recipient", "Whoever is told of memory as soon as it is allocated.");
     nb::class_<CudaDevice, Device>(module, "CudaDevice", "A CUDA device, in its primary context.")
         .def(nb::new_([](std::shared_ptr<Driver> driver, int index) {
                  return make_threaded<CudaDevice>(std::move(driver), index);
@@ -228,6 +230,9 @@ void bind_devices(nb::module_& module) {
              "driver"_a, "index"_a, "Raises CudaError.")
         .def("allocate", &CudaDevice::allocate, "sizes"_a, Unlocked(),
              "The addresses of memory of these sizes, all or none, 0 for none. Raises CudaError.")
+        .def("allocate_some", &CudaDevice::allocate_some, "sizes"_a, "recipient"_a, Unlocked(),
+             "As many of these as there is memory for, from the first on; each goes to the recipient at once. Raises\n"
+             "CudaError where none was tried.")
         .def("free", &CudaDevice::free, "addresses"_a, Unlocked(),
              "Frees what was allocated; a CUresult for each, 0 where it was freed.")
         .def(
@@ -510,6 +515,27 @@ void bind_engine(nb::module_& module) {
         .def("close", &Engine::close, Unlocked(), "Ends all jobs and the threads; blocks.");
 }
 
+void bind_admission(nb::module_& module) {
+    nb::class_<Admission, Recipient>(module, "Admission",
+                                     "Has a job's tensors moved as those that are awaited get their memory.")
+        .def("__init__",
+             [](Admission* admission, std::shared_ptr<Engine> engine, std::shared_ptr<Job> job, const Words& targets,
+                std::vector<std::uint32_t> awaited) {
+                 new (admission) Admission(std::move(engine), std::move(job), words(targets), std::move(awaited));
+             },
+             "engine"_a, "job"_a, "targets"_a, "awaited"_a,
+             "``targets``: of all tensors, whatever for those awaited, which are given by their numbers, in order. The\n"
+             "job has been submitted, and nobody else admits anything of it meanwhile.")
+        .def(
+            "give",
+            [](Admission& admission, Address address) {
+                const auto released = release_if(admission.engine().contended());
+                admission.give(address);
+            },
+            "address"_a, "The memory of the next one; raises IndexError where all have theirs.")
+        .def_prop_ro("admitted", &Admission::admitted, "How many tensors the engine knows the targets of.");
+}
+
 void bind_layer_feed(nb::module_& module) {
     nb::class_<LayerFeed::News>(module, "FeedNews", "What has come of a feeding.")
         .def_ro("number", &LayerFeed::News::number, "Whose.")
@@ -568,5 +594,6 @@ NB_MODULE(_native, module) {
     asyncload::bind_job(module);
     asyncload::bind_parts(module);
     asyncload::bind_engine(module);
+    asyncload::bind_admission(module);
     asyncload::bind_layer_feed(module);
 }

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ import anyio
 import pytest
 
 import asyncload
-from asyncload.device import HostDevice
+from asyncload.device import DeviceMemory, HostDevice
 from asyncload.device._host_stream import HostStream
 from asyncload.errors import CopyError, DeviceError, OutOfDeviceMemoryError, SourceReadError
 from asyncload.events import Progress
@@ -165,12 +166,10 @@ class TestFailures:
         self, model_path: Path, nothing_left: Any, small: Options
     ) -> None:
         device = HostDevice(bandwidth=20e6, poison=True)
-        allocations = 0
+        most = (await read_header(model_path)).nbytes * 3 // 4
 
         def refuse(nbytes: int) -> None:
-            nonlocal allocations
-            allocations += 1
-            if allocations > 30:
+            if device.info.total_bytes - device.memory().free + nbytes > most:
                 raise OutOfDeviceMemoryError("full", device="host", needed=nbytes, available=0, breakdown={})
 
         events: list[Progress] = []
@@ -184,6 +183,33 @@ class TestFailures:
             device.on_allocate = None
             (await loader.load(model_path)).close()
             await run_in_thread(loader.tracker.flush)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("engine", ["native"])
+async def test_the_native_engine_moves_tensors_while_others_have_no_memory_yet(
+    model_path: Path, nothing_left: Any, small: Options
+) -> None:
+    first, *_, last = sorted((await read_header(model_path)).tensors.values(), key=lambda info: info.offset)
+    with model_path.open("rb") as file:
+        file.seek(first.offset)
+        content = file.read(first.nbytes)
+
+    class Device(HostDevice):
+        def allocate(self, nbytes: int) -> DeviceMemory:
+            if nbytes == last.nbytes and weights:
+                deadline = time.monotonic() + 60
+                while ctypes.string_at(weights[0].address, first.nbytes) != content:
+                    assert time.monotonic() < deadline, "nothing moves"
+            memory = super().allocate(nbytes)
+            weights.append(memory)
+            return memory
+
+    device, weights = Device(), list[DeviceMemory]()
+    async with Loader(device, options=small) as loader, nothing_left(loader):
+        weights.clear()  # what the loader itself has
+        (await loader.load(model_path)).close()
+        await run_in_thread(loader.tracker.flush)
 
 
 @pytest.mark.native

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -36,11 +35,11 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(_open, "time", clock)
     monkeypatch.setattr(Pause, "_last", 0.0)
-    yield clock
+    return clock
 
 
 def test_little_work_is_not_worth_a_pause(clock: Clock) -> None:

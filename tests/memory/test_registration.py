@@ -154,6 +154,63 @@ def test_of_several_that_are_allocated_at_once_none_is_left_when_one_is_not_free
     assert tracker.total == 0
 
 
+class Notes:
+    def __init__(self) -> None:
+        self.given: list[int] = []
+
+    def give(self, address: int) -> None:
+        self.given.append(address)
+
+
+def test_of_several_those_that_fit_are_kept_by_their_positions(tracker: VramTracker, device: Device) -> None:
+    notes, kept = Notes(), dict[int, Allocation]()
+    sizes = {"a": KIB, "b": 0, "c": 2 * KIB, "too much": 1 << 60, "d": KIB}
+    tracker.allocate_some(sizes, Purpose.WEIGHTS, notes, kept.__setitem__)
+    assert [(position, made.description, made.nbytes) for position, made in kept.items()] == [
+        (0, "a", KIB),
+        (1, "b", 0),
+        (2, "c", 2 * KIB),
+    ]
+    assert notes.given == [made.address for made in kept.values()]
+    assert tracker.by_purpose() == {Purpose.WEIGHTS: 3 * KIB}
+    for made in kept.values():
+        made.close()
+    tracker.flush()
+    assert (len(device.freed), tracker.total) == (2, 0)
+    tracker.close()
+    with pytest.raises(ClosedError):
+        tracker.allocate_some(sizes, Purpose.WEIGHTS, notes, kept.__setitem__)
+
+
+def test_what_may_be_written_to_already_is_freed_only_when_its_owner_lets_it_go(
+    tracker: VramTracker, device: Device
+) -> None:
+    """Memory that somebody's stale registration covers; the rest of what was allocated with it is kept as well."""
+    stale = tracker.register(FAR, 4 * KIB, Purpose.KV_CACHE, "a cache that is gone")
+    device.answer = stray = DeviceMemory(FAR + KIB, KIB)
+    kept = dict[int, Allocation]()
+    with pytest.raises(LedgerError, match="holds 'a cache that is gone'"):
+        tracker.allocate_some({"a": KIB, "b": KIB}, Purpose.WEIGHTS, Notes(), kept.__setitem__)
+    assert ([*kept], kept[0].memory, device.freed) == ([0, 1], stray, [])
+    assert tracker.by_purpose() == {Purpose.KV_CACHE: 4 * KIB, Purpose.WEIGHTS: KIB}
+    for made in kept.values():
+        made.close()
+    tracker.flush()
+    assert device.freed == [made.memory for made in kept.values()]
+    stale.close()
+    assert tracker.total == 0
+
+
+def test_of_several_one_that_another_has_is_not_kept(tracker: VramTracker, device: Device) -> None:
+    first = tracker.allocate(4 * KIB, Purpose.WEIGHTS, "first")
+    device.answer = first.memory.part(KIB, KIB)
+    kept = dict[int, Allocation]()
+    with pytest.raises(LedgerError, match="holds 'first'"):
+        tracker.allocate_some({"a": KIB, "b": KIB}, Purpose.WEIGHTS, Notes(), kept.__setitem__)
+    assert [(position, made.description) for position, made in kept.items()] == [(1, "b")]
+    assert device.freed == []
+
+
 def test_an_address_that_the_device_gives_twice_stays_with_the_first(tracker: VramTracker, device: Device) -> None:
     first = tracker.allocate(4 * KIB, Purpose.WEIGHTS, "first")
     device.answer = first.memory.part(KIB, KIB)

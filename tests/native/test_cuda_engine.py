@@ -25,7 +25,7 @@ pytestmark = pytest.mark.native
 CHUNK = 64 << 10
 THREADS, BUFFERS = 2, 4
 SIZES = (200_000, 100, 1, 1_000_000, 3 * CHUNK)
-OUT_OF_MEMORY, LAUNCH_FAILED, UNKNOWN = 2, 719, 999
+INVALID_VALUE, OUT_OF_MEMORY, LAUNCH_FAILED, UNKNOWN = 1, 2, 719, 999
 NONE, DEVICE = 0, 2
 HostKernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)
 
@@ -61,6 +61,7 @@ class Loads:
         after: Sequence[Event] = (),
         sizes: Sequence[int] = SIZES,
         timed: bool = False,
+        admit: bool = True,
     ) -> tuple[Job, list[int]]:
         """Submits the file's tensors; with a kernel, which repeats each block of 32 bytes, decoded on the device."""
         from asyncload_native import File, Job, Wake
@@ -75,7 +76,8 @@ class Loads:
         job = Job([file], np.array(rows, np.uint64), CHUNK, Wake.END, to_host=False, timed=timed)
         targets = [self.cuda.make("cuMemAlloc_v2", max(row[3], 1)) for row in rows]
         engine.submit(job, self.scratch if kernel else [], after)
-        engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
+        if admit:
+            engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
         return job, targets
 
     def expected(self, index: int) -> bytes:
@@ -117,6 +119,34 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("known", [(), (0,), (1, 3), (len(SIZES) - 1,)])
+def test_tensors_are_moved_as_they_are_allocated(loads: Loads, engine: Engine, known: Sequence[int]) -> None:
+    from asyncload_native import Admission
+
+    job, targets = loads.begin(engine, admit=False)
+    awaited = [index for index in range(len(SIZES)) if index not in known]
+    admission = Admission(engine, job, np.array(targets, np.uint64), awaited)
+    fitting = len(awaited) - 1
+    loads.cuda.fail("cuMemAlloc_v2", OUT_OF_MEMORY, nth=fitting + 1)
+    first = loads.device.allocate_some([SIZES[index] for index in awaited], admission)
+    assert len(first) == fitting
+    until(lambda: job.times().uploaded_nbytes > 0)  # while the last has no memory yet
+    with pytest.raises(IndexError):
+        Admission(engine, job, np.array(targets, np.uint64), awaited[::-1])
+    last = loads.device.allocate([SIZES[awaited[-1]]])
+    admission.give(last[0])
+    assert admission.admitted == len(SIZES)
+    with pytest.raises(IndexError):
+        admission.give(last[0])
+    assert ended(job)
+    assert job.poll().failure is None
+    for index, address in zip(awaited, first + last, strict=True):
+        targets[index] = address
+    for index, (address, size) in enumerate(zip(targets, SIZES, strict=True)):
+        assert ctypes.string_at(address, size) == loads.expected(index)
+    assert loads.device.free([*first, *last, 1]) == [0] * len(awaited) + [INVALID_VALUE]
 
 
 @pytest.mark.parametrize("timed", [False, True])
