@@ -120,8 +120,8 @@ class Race:
 
     @property
     def limit_rate(self) -> float:
-        """The median of the limits."""
-        return statistics.median(self.limits)
+        """The highest of the limits: where the machine was slow for once, that was not its limit."""
+        return max(self.limits)
 
     async def run(self) -> None:
         """Has all of them load in turns, after a first load of each that warms it."""
