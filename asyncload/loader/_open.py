@@ -162,21 +162,19 @@ class Pause:
     """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
 
     It sleeps long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the loop is
-    often back first. Where another thread does not give the lock back at once, the next pause, of this loop or of
-    another one of the process, comes after as much work as the last one took.
+    often back first. Where another thread does not give the lock back before the interpreter makes it, the next pause,
+    of this loop or of another one in the process, comes after as much work as that.
     """
 
-    _last = 0.0  # seconds that the process's last pause took; there is one interpreter lock
+    _kept = False  # whether somebody kept the lock in the process's last pause: there is one lock
 
     def __init__(self) -> None:
-        # beyond the switch interval the interpreter itself has the lock change hands
-        undisturbed = max(_UNDISTURBED, min(Pause._last, sys.getswitchinterval()))
-        self._not_before = time.perf_counter() + undisturbed
+        self._not_before = time.perf_counter() + (sys.getswitchinterval() if Pause._kept else _UNDISTURBED)
 
     def __call__(self) -> None:
         begin = time.perf_counter()
         if begin >= self._not_before:
             time.sleep(1e-4)
             end = time.perf_counter()
-            Pause._last = end - begin
-            self._not_before = 2 * end - begin
+            Pause._kept = end - begin >= sys.getswitchinterval()
+            self._not_before = end + (end - begin if Pause._kept else min(end - begin, _UNDISTURBED))
