@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,14 @@ import anyio
 import pytest
 
 import asyncload
-from asyncload.device import DeviceMemory, HostDevice
+from asyncload.device import HostDevice
 from asyncload.device._host_stream import HostStream
 from asyncload.errors import CopyError, DeviceError, OutOfDeviceMemoryError, SourceReadError
 from asyncload.events import Progress
 from asyncload.gguf import GGMLType
 from asyncload.loader import Loader, read_header
 from asyncload.options import DecodeOption, EngineOption, Options
+from asyncload.pipeline._native import NativeTransfer
 from asyncload.plan import plan_load
 from asyncload.source import MemorySource
 from asyncload.testing import write_gguf
@@ -188,28 +189,31 @@ class TestFailures:
 @pytest.mark.native
 @pytest.mark.parametrize("engine", ["native"])
 async def test_the_native_engine_moves_tensors_while_others_have_no_memory_yet(
-    model_path: Path, nothing_left: Any, small: Options
+    model_path: Path, nothing_left: Any, small: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, *_, last = sorted((await read_header(model_path)).tensors.values(), key=lambda info: info.offset)
-    with model_path.open("rb") as file:
-        file.seek(first.offset)
-        content = file.read(first.nbytes)
+    transfers: list[NativeTransfer] = []
 
-    class Device(HostDevice):
-        def allocate(self, nbytes: int) -> DeviceMemory:
-            if nbytes == last.nbytes and weights:
-                deadline = time.monotonic() + 60
-                while ctypes.string_at(weights[0].address, first.nbytes) != content:
-                    assert time.monotonic() < deadline, "nothing moves"
-            memory = super().allocate(nbytes)
-            weights.append(memory)
-            return memory
+    def recipient(transfer: NativeTransfer, tensors: Sequence[int]) -> Any:
+        transfers.append(transfer)
+        return make(transfer, tensors)
 
-    device, weights = Device(), list[DeviceMemory]()
+    make = NativeTransfer.recipient
+    monkeypatch.setattr(NativeTransfer, "recipient", recipient)
+    left = len((await read_header(model_path)).tensors)
+
+    def wait_for_the_first(_nbytes: int) -> None:
+        nonlocal left
+        left -= 1
+        deadline = time.monotonic() + 60
+        while not left and not transfers[0].stats().stages["upload"].nbytes:
+            assert time.monotonic() < deadline, "nothing moves"
+
+    device = HostDevice()
     async with Loader(device, options=small) as loader, nothing_left(loader):
-        weights.clear()  # what the loader itself has
+        device.on_allocate = wait_for_the_first
         (await loader.load(model_path)).close()
         await run_in_thread(loader.tracker.flush)
+    assert left == 0
 
 
 @pytest.mark.native
