@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
-from asyncload.errors import DeviceError, PlanError, RangeError
+from asyncload.errors import PlanError, RangeError
 from asyncload.gguf import GGMLType
 from asyncload.options import DeviceKind
 from asyncload.quant import DType, cuda
@@ -349,9 +349,9 @@ def allocate_until(
     for nbytes in sizes:
         try:
             memory.append(allocate(nbytes))
-        except DeviceError:
+            recipient.give(memory[-1].address)
+        except Exception:  # noqa: BLE001 - what there is goes to its owner, whatever it was
             break
-        recipient.give(memory[-1].address)
     return memory
 
 

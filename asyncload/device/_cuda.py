@@ -365,6 +365,13 @@ class CudaDevice:
             raise DeviceError(f"{self._name}: {what}: {code.name}", device=self._name, code=code.name)
         return values[0] if len(values) == 1 else tuple(values)
 
+    def _code(self, number: int) -> str:
+        """The name of what the driver returned; a number that the bindings do not know is its own."""
+        try:
+            return str(self.driver.CUresult(number).name)
+        except ValueError:
+            return str(number)
+
     def attach(self) -> None:
         """Makes the primary context current, unless it is."""
         self._attached()
@@ -457,17 +464,18 @@ class CudaDevice:
         if self._native is None:
             return free_each(memory, self.free)
         failures: dict[DeviceMemory, Exception] = {}
+        known: list[DeviceMemory] = []
         with self._lock:
-            known = [each for each in memory if each.nbytes and self._allocated.get(each.address) == each.nbytes]
-            for each in known:
-                del self._allocated[each.address]
-        for each in set(memory) - {*known, DeviceMemory(0, 0)}:
-            failures[each] = DeviceError(f"{self._name}: {each} is not allocated", device=self._name)
+            for each in memory:
+                if self._allocated.get(each.address) == each.nbytes:
+                    del self._allocated[each.address]
+                    known.append(each)
+                elif each != DeviceMemory(0, 0):
+                    failures[each] = DeviceError(f"{self._name}: {each} is not allocated", device=self._name)
         for each, code in zip(known, self._native.free([each.address for each in known]), strict=True):
-            try:
-                self.check(f"freeing {each}", (self.driver.CUresult(code),))
-            except DeviceError as error:
-                failures[each] = error
+            if code:
+                name = self._code(code)
+                failures[each] = DeviceError(f"{self._name}: freeing {each}: {name}", device=self._name, code=name)
                 with self._lock:
                     self._allocated[each.address] = each.nbytes
         return failures

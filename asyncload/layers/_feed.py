@@ -155,7 +155,7 @@ class FileFeed:
         transfer = self._backend.transfer(layer.load, self._sources, _SlotSink(layer, slot), timed=True)
         try:
             await self._callers.run(transfer.prepare)
-            transfer.admit(len(layer.load.tensors))
+            transfer.admit()
             await transfer.run()
         finally:
             await transfer.end()

@@ -146,7 +146,7 @@ class NativeSlabFeed:
         transfer = self._backend.fill(plan, sources, _SlabSink([memory for _, memory in tensors]))
         try:
             await self._engine.callers.run(transfer.prepare)
-            transfer.admit(len(tensors))
+            transfer.admit()
             await transfer.run()
         finally:
             await transfer.end()

@@ -23,6 +23,7 @@ RunBlocking = Callable[..., Awaitable[Any]]
 _FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
 _UNDISTURBED: Final = 0.001  # seconds of work that are not worth a pause
+_BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
 
 
 class OpenedModel:
@@ -163,18 +164,20 @@ class Pause:
 
     It sleeps long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the loop is
     often back first. Where another thread does not give the lock back before the interpreter makes it, the next pause,
-    of this loop or of another one in the process, comes after as much work as that.
+    of this loop or of one that begins soon after, comes after as much work as that.
     """
 
-    _kept = False  # whether somebody kept the lock in the process's last pause: there is one lock
+    _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
 
     def __init__(self) -> None:
-        self._not_before = time.perf_counter() + (sys.getswitchinterval() if Pause._kept else _UNDISTURBED)
+        now = time.perf_counter()
+        self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _UNDISTURBED)
 
     def __call__(self) -> None:
         begin = time.perf_counter()
         if begin >= self._not_before:
             time.sleep(1e-4)
             end = time.perf_counter()
-            Pause._kept = end - begin >= sys.getswitchinterval()
-            self._not_before = end + (end - begin if Pause._kept else min(end - begin, _UNDISTURBED))
+            kept = end - begin >= sys.getswitchinterval()
+            Pause._kept_until = end + _BELIEVED if kept else 0.0
+            self._not_before = end + (end - begin if kept else min(end - begin, _UNDISTURBED))

@@ -101,7 +101,7 @@ class Session(Sink):
 
             self.engine.tracker.allocate_some(self._sizes(missing), Purpose.WEIGHTS, recipient, keep)
         self.allocate(everything)
-        self.transfer.admit(len(everything))
+        self.transfer.admit()
 
     async def run(self) -> None:
         """Moves what is to be moved."""
@@ -135,6 +135,8 @@ class Session(Sink):
     def allocate(self, tensors: Collection[int]) -> None:
         """Allocates device memory for those of the tensors that have none; blocks."""
         missing = [index for index in tensors if index not in self.memory]
+        if not missing:  # a call of the driver's gives the interpreter lock up
+            return
         allocations = self.engine.tracker.allocate_all(self._sizes(missing), Purpose.WEIGHTS)
         self.memory.update(zip(missing, allocations, strict=True))
 

@@ -92,10 +92,10 @@ class VramTracker:
     ) -> None:
         """Allocates as many of several as the device has memory for, from the first on. Blocks.
 
-        ``recipient`` is told of each as soon as it is there, and may have the device write to it from then on; ``keep``
-        gets them afterwards, with their positions among the sizes, also where this raises: ``ClosedError`` after
-        ``close``, ``DeviceError``, and ``LedgerError`` if the device hands out memory that is in the ledger. Why there
-        are no more, ``allocate`` of the next one says.
+        ``recipient`` is told of each as soon as it is there, and may have the device write to it from then on. So
+        ``keep`` gets each, with its position among the sizes, before this raises ``LedgerError``, which it does if the
+        device hands out memory that is in the ledger. ``ClosedError`` after ``close``, and ``DeviceError``, are raised
+        before anything is allocated. Why there are no more, ``allocate`` of the next one says.
         """
         with self._lock:
             self._check_open()
@@ -185,7 +185,7 @@ class VramTracker:
 
     def _entries(self) -> list[Entry]:
         with self._lock:
-            return [*self._ledger, *self._leaving]
+            return [*self._ledger, *self._strays, *self._leaving]
 
     @property
     def total(self) -> int:
@@ -300,7 +300,10 @@ class VramTracker:
 
     def _free(self, entries: list[Entry]) -> None:
         leaving = self._take_out(entries)
-        failures = self._device.free_all([entry.memory for entry in leaving])
+        try:
+            failures = self._device.free_all([entry.memory for entry in leaving])
+        except Exception as whole:  # noqa: BLE001 - the thread outlives it; what may be free or not is not used again
+            failures = dict.fromkeys([entry.memory for entry in leaving], whole)
         freed = [entry for entry in leaving if entry.memory not in failures]
         for entry in leaving:  # what is not freed stays in the ledger, as it is taken
             if (error := failures.get(entry.memory)) is not None:

@@ -46,7 +46,8 @@ class Sink:
 class Transfer(Protocol):
     """Moves the tensors of a plan from their sources into device memory, once.
 
-    ``prepare``, ``recipient``, ``admit`` and ``run`` are called in this order, ``end`` at last.
+    ``prepare`` and ``run`` are called in this order, ``end`` at last; where the sink does not limit, ``admit`` before
+    ``run``, and ``recipient`` before that, if at all.
     """
 
     def prepare(self) -> None:
@@ -60,8 +61,8 @@ class Transfer(Protocol):
         """
         ...
 
-    def admit(self, count: int) -> None:
-        """Says that the first ``count`` tensors have their targets, if the sink does not limit; on any thread."""
+    def admit(self) -> None:
+        """Says that all tensors have their targets, if the sink does not limit; on any thread."""
         ...
 
     def stats(self) -> LoadStats:

@@ -148,7 +148,6 @@ class NativeTransfer:
         self._error: BaseException | None = None
         self._scratch: Sequence[DeviceMemory] = ()
         self._admission: Any = None
-        self._admitted = 0
 
     def stats(self) -> LoadStats:
         """Where its time went, until now."""
@@ -251,14 +250,11 @@ class NativeTransfer:
         self._admission = backend.module.Admission(backend.engine, self._job, np.array(targets, np.uint64), tensors)
         return self._admission
 
-    def admit(self, count: int) -> None:
-        """Has the groups moved that are complete with them, at once."""
-        if self._admission is not None:
-            self._admitted = self._admission.admitted
-        groups = self._job.groups
-        whole = groups[count] if count < len(groups) else max(groups, default=-1) + 1
-        self._admit(range(self._admitted, count), whole)
-        self._admitted = count
+    def admit(self) -> None:
+        """Has everything moved that the recipient has not admitted."""
+        admitted = 0 if self._admission is None else self._admission.admitted
+        if admitted < len(self._plan.tensors):
+            self._admit(range(admitted, len(self._plan.tensors)), max(self._job.groups) + 1)
 
     async def _admit_in_turn(self) -> None:
         """Has groups moved as the sink admits them."""

@@ -99,7 +99,7 @@ class PythonTransfer:
     def recipient(self, tensors: Sequence[int]) -> None:
         """Nobody: it begins when it is run."""
 
-    def admit(self, count: int) -> None:
+    def admit(self) -> None:
         """Nothing: it begins when it is run."""
 
     async def end(self) -> None:

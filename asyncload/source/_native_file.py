@@ -1,4 +1,4 @@
-"""A local file that C++ reads: each call is one, and the interpreter lock is given up once for it."""
+"""A local file that C++ reads: each call is one, for which the interpreter lock is given up once at most."""
 
 from __future__ import annotations
 

@@ -152,6 +152,9 @@ class DeviceConformance(DecodeConformance, ABC):
         assert isinstance(failures[wrong], DeviceError)
         assert device.memory().free == before
         assert set(device.free_all(made)) == {made[0], made[2]}
+        once = device.allocate(_PAGE)
+        assert set(device.free_all([once, once])) == {once}
+        assert device.memory().free == before
         assert device.free_all([]) == {}
 
     def test_too_much_memory_is_refused_and_nothing_breaks(self, device: Device) -> None:

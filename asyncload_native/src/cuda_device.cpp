@@ -206,7 +206,11 @@ std::vector<Address> CudaDevice::allocate_some(const std::vector<std::size_t>& s
         CUdeviceptr address = 0;
         if (nbytes && driver().cuMemAlloc.result(&address, nbytes) != CUDA_SUCCESS) break;
         addresses.push_back(address);
-        recipient.give(address);
+        try {
+            recipient.give(address);
+        } catch (const std::exception&) {  // what there is goes to its owner, whatever it was
+            break;
+        }
     }
     return addresses;
 }

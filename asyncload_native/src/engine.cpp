@@ -145,9 +145,12 @@ class Engine::Worker {
             if (!engine_.pause(job, std::ldexp(engine_.options_.retry_delay, static_cast<int>(attempt)))) return false;
         }
         job.spans_.note(Span::What::read, index_, job.cut_.segments[chunk.first_segment].tensor, begin);
-        const std::lock_guard lock(job.mutex_);
-        job.times_.read += since(begin);
-        job.times_.read_nbytes += chunk.nbytes;
+        {
+            const std::lock_guard lock(job.mutex_);
+            job.times_.read += since(begin);
+            job.times_.read_nbytes += chunk.nbytes;
+        }
+        make_way();
         return true;
     }
 
@@ -164,7 +167,7 @@ class Engine::Worker {
             std::byte* const target = in_place ? pointer(job.targets_[segment.tensor] + segment.target_offset)
                                                : &lane.buffer[segment.upload_offset];
             const std::uint64_t blocks = segment.source_nbytes / tensor.block_nbytes;
-            const std::uint64_t decoded = segment.target_nbytes / blocks, most = std::max(stretch / decoded, 1UL);
+            const std::uint64_t decoded = tensor.decoded_block_nbytes, most = std::max(stretch / decoded, 1UL);
             for (std::uint64_t block = 0; block < blocks; block += most) {
                 const std::byte* const source = &lane.buffer[segment.source_offset + block * tensor.block_nbytes];
                 if (function(address(source), address(target + block * decoded),

@@ -14,6 +14,7 @@
 #include <limits>
 #include <optional>
 #include <system_error>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <variant>
@@ -42,7 +43,7 @@ using Table = nb::ndarray<const std::uint64_t, nb::numpy, nb::shape<-1, 10>, nb:
 using Bytes = nb::ndarray<std::uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
-// Seconds for which who has another thread call the driver keeps the interpreter lock.
+// Seconds for which who has another thread call the driver, or open a file, keeps the interpreter lock.
 constexpr double default_patience = 1e-3;
 
 // Words that may name a file: a path is any bytes.
@@ -287,7 +288,7 @@ struct Opened {
     std::string head;
 };
 
-// The error as a value: exceptions stay on their threads.
+// Its error as a value, as that of a call of the driver's.
 std::variant<Opened, ReadError> open_with_head(const std::string& path, std::uint64_t head) {
     try {
         Opened opened{File::open(path), {}};
@@ -300,13 +301,18 @@ std::variant<Opened, ReadError> open_with_head(const std::string& path, std::uin
     }
 }
 
-// On a thread of its own; where the system has none left, on that of whoever waits for it.
+// On a thread of its own, which nobody waits for to end; where the system has none left, here, with the lock given up.
 std::future<std::variant<Opened, ReadError>> open_elsewhere(const std::string& path, std::uint64_t head) {
+    auto task = std::make_shared<std::packaged_task<std::variant<Opened, ReadError>()>>(
+        [path, head] { return open_with_head(path, head); });
+    auto answer = task->get_future();
     try {
-        return std::async(std::launch::async, open_with_head, path, head);
+        std::thread([task] { (*task)(); }).detach();
     } catch (const std::system_error&) {
-        return std::async(std::launch::deferred, open_with_head, path, head);
+        const nb::gil_scoped_release unlocked;
+        (*task)();
     }
+    return answer;
 }
 
 void bind_job(nb::module_& module) {
@@ -322,7 +328,8 @@ void bind_job(nb::module_& module) {
             },
             "path"_a, "head"_a, "patience"_a = default_patience,
             "Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises\n"
-            "ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience`` seconds\n"
+            "ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience`` "
+            "seconds\n"
             "at most.",
             nb::sig("def open(path: bytes, head: int, patience: float = ...) -> tuple[File, bytes]"))
         .def(
@@ -518,14 +525,15 @@ void bind_engine(nb::module_& module) {
 void bind_admission(nb::module_& module) {
     nb::class_<Admission, Recipient>(module, "Admission",
                                      "Has a job's tensors moved as those that are awaited get their memory.")
-        .def("__init__",
-             [](Admission* admission, std::shared_ptr<Engine> engine, std::shared_ptr<Job> job, const Words& targets,
-                std::vector<std::uint32_t> awaited) {
-                 new (admission) Admission(std::move(engine), std::move(job), words(targets), std::move(awaited));
-             },
-             "engine"_a, "job"_a, "targets"_a, "awaited"_a,
-             "``targets``: of all tensors, whatever for those awaited, which are given by their numbers, in order. The\n"
-             "job has been submitted, and nobody else admits anything of it meanwhile.")
+        .def(
+            "__init__",
+            [](Admission* admission, std::shared_ptr<Engine> engine, std::shared_ptr<Job> job, const Words& targets,
+               std::vector<std::uint32_t> awaited) {
+                new (admission) Admission(std::move(engine), std::move(job), words(targets), std::move(awaited));
+            },
+            "engine"_a, "job"_a, "targets"_a, "awaited"_a,
+            "``targets``: of all tensors, whatever for those awaited, which are given by their numbers, in order. The\n"
+            "job has been submitted, and nobody else admits anything of it meanwhile.")
         .def(
             "give",
             [](Admission& admission, Address address) {

@@ -33,7 +33,7 @@ void pread_all(const File& file, std::uint64_t offset, std::span<std::byte> buff
         if (count > 0) {
             offset += static_cast<std::uint64_t>(count);
             buffer = buffer.subspan(static_cast<std::size_t>(count));
-            make_way();
+            if (!buffer.empty()) make_way();
         } else if (errno != EINTR) {
             throw file.failed(errno, offset);
         }

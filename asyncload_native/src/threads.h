@@ -26,8 +26,8 @@ inline void lower_priority(int nice) {
 }
 
 // Bytes that a thread reads or writes before it offers its core to others: a few tenths of a millisecond. The scheduler
-// lets it keep the core for some milliseconds otherwise, also where a thread of higher priority has woken up for it, such
-// as an event loop's.
+// lets it keep the core for some milliseconds otherwise, also where a thread of higher priority has woken up for it,
+// such as an event loop's.
 inline constexpr std::size_t stretch = 1 << 20;
 
 inline void make_way() {

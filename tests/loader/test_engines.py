@@ -30,7 +30,7 @@ from asyncload.options import DecodeOption, EngineOption, Options
 from asyncload.pipeline._native import NativeTransfer
 from asyncload.plan import plan_load
 from asyncload.source import MemorySource
-from asyncload.testing import write_gguf
+from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
 from tests.loader.conftest import FailingFile
 
@@ -184,6 +184,21 @@ class TestFailures:
             device.on_allocate = None
             (await loader.load(model_path)).close()
             await run_in_thread(loader.tracker.flush)
+
+
+@pytest.mark.native
+async def test_a_chunk_that_is_decoded_in_several_calls_is_the_same(tmp_path: Path) -> None:
+    n_blocks = (3 << 20) // GGMLType.Q4_K.type_size
+    content = random_blocks(GGMLType.Q4_K, n_blocks, seed=1).tobytes()
+    shape = (n_blocks, GGMLType.Q4_K.block_size)
+    path = await run_in_thread(write_gguf, tmp_path / "large.gguf", {"a": (GGMLType.Q4_K, shape, content)})
+    decoded: list[bytes] = []
+    engines: tuple[EngineOption, ...] = ("native", "python")
+    for engine in engines:
+        async with Loader("host", options=Options(engine=engine, chunk_size=4 << 20)) as loader:
+            with await loader.load(path, dtype="f32") as model:
+                decoded.append(await run_in_thread(model["a"].numpy().tobytes))
+    assert decoded[0] == decoded[1]
 
 
 @pytest.mark.native

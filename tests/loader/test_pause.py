@@ -38,7 +38,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(_open, "time", clock)
-    monkeypatch.setattr(Pause, "_kept", False)
+    monkeypatch.setattr(Pause, "_kept_until", 0.0)
     return clock
 
 
@@ -72,4 +72,11 @@ def test_and_no_longer_once_the_lock_is_free_again(clock: Clock) -> None:
     clock.work(Pause(), 0.0011)
     clock.longer = 0.0
     clock.work(Pause(), sys.getswitchinterval() + 1e-4)
+    assert clock.work(Pause(), 0.0011) > 0
+
+
+def test_nor_for_long(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    clock.now += 11
     assert clock.work(Pause(), 0.0011) > 0

@@ -182,6 +182,29 @@ def test_of_several_those_that_fit_are_kept_by_their_positions(tracker: VramTrac
         tracker.allocate_some(sizes, Purpose.WEIGHTS, notes, kept.__setitem__)
 
 
+def test_of_several_those_are_kept_that_came_before_any_error(tracker: VramTracker, device: Device) -> None:
+    def refuse(_nbytes: int) -> None:
+        if len(notes.given) == 2:
+            raise ZeroDivisionError
+
+    class Refusing(Notes):
+        def give(self, address: int) -> None:
+            super().give(address)
+            if len(self.given) == 2:
+                raise ZeroDivisionError
+
+    sizes = dict.fromkeys("abcd", KIB)
+    for notes, hook in ((Notes(), refuse), (Refusing(), None)):
+        kept = dict[int, Allocation]()
+        device.on_allocate = hook
+        tracker.allocate_some(sizes, Purpose.WEIGHTS, notes, kept.__setitem__)
+        assert [made.address for made in kept.values()] == notes.given
+        assert (len(kept), tracker.total) == (2, 2 * KIB)
+        for made in kept.values():
+            made.close()
+        tracker.flush()
+
+
 def test_what_may_be_written_to_already_is_freed_only_when_its_owner_lets_it_go(
     tracker: VramTracker, device: Device
 ) -> None:
@@ -192,7 +215,7 @@ def test_what_may_be_written_to_already_is_freed_only_when_its_owner_lets_it_go(
     with pytest.raises(LedgerError, match="holds 'a cache that is gone'"):
         tracker.allocate_some({"a": KIB, "b": KIB}, Purpose.WEIGHTS, Notes(), kept.__setitem__)
     assert ([*kept], kept[0].memory, device.freed) == ([0, 1], stray, [])
-    assert tracker.by_purpose() == {Purpose.KV_CACHE: 4 * KIB, Purpose.WEIGHTS: KIB}
+    assert tracker.by_purpose() == {Purpose.KV_CACHE: 4 * KIB, Purpose.WEIGHTS: 2 * KIB}
     for made in kept.values():
         made.close()
     tracker.flush()

@@ -381,6 +381,26 @@ def test_a_failed_free_is_told_and_the_others_go_on(
     device.free(lost)
 
 
+def test_the_thread_outlives_a_device_that_cannot_say_what_it_has_freed(
+    tracker: VramTracker, device: TroubledDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def free_all(_memory: object) -> dict[DeviceMemory, Exception]:
+        raise ZeroDivisionError
+
+    lost, kept = allocate(tracker), allocate(tracker)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "free_all", free_all)
+        memory = lost.memory
+        lost.close()
+        with pytest.raises(ZeroDivisionError):
+            tracker.flush()
+    assert tracker.total == 2 * KIB  # it may be free or not: it counts, and is not used
+    kept.close()
+    tracker.flush()
+    assert tracker.total == KIB
+    device.free(memory)
+
+
 def test_the_thread_outlives_errors_that_are_not_ours(tracker: VramTracker, device: TroubledDevice) -> None:
     original = device.free
 
