@@ -162,3 +162,22 @@ async def test_torchs_current_stream_is_accepted(tmp_path: Path, small: Options,
                 await run_in_thread(torch.cuda.synchronize)
                 found = {name: copy.view(torch.int16).cpu().numpy().tobytes() for name, copy in copies.items()}
                 assert found == layers_only(expected)
+
+
+@pytest.mark.anyio
+@pytest.mark.cupy
+@pytest.mark.parametrize("by", ["stream", "handle"])
+async def test_a_stream_of_cupys_is_accepted(tmp_path: Path, small: Options, by: str) -> None:
+    cupy: Any = pytest.importorskip("cupy")
+    path, expected = await make_model(tmp_path / "model.gguf", 5, uneven=True, dtype="f32")
+    async with Loader("cuda:0", options=small) as loader, open_stream(loader, path, dtype="f32") as layers:
+        theirs = cupy.cuda.Stream(non_blocking=True)
+        for _ in range(2):
+            copies: dict[str, Any] = {}
+            async for layer in layers:
+                with theirs, layer.on(theirs if by == "stream" else theirs.ptr):
+                    for tensor in layer.values():
+                        copies[tensor.name] = cupy.from_dlpack(tensor).copy()
+            await run_in_thread(theirs.synchronize)
+            found = {name: cupy.asnumpy(copy).tobytes() for name, copy in copies.items()}
+            assert found == layers_only(expected)
