@@ -52,6 +52,13 @@ class TestCudaDevice(DeviceConformance):
             yield sleep.wake
 
 
+@pytest.mark.gpu
+@pytest.mark.native
+def test_cpp_frees_what_was_allocated_and_says_what_was_not(cuda: CudaDevice) -> None:
+    cuda.native()
+    TestCudaDevice().test_several_are_freed_at_once_but_for_what_was_not_allocated(cuda)
+
+
 # Without a GPU
 
 NO_DEVICE = """
