@@ -18,9 +18,11 @@ from asyncload.device._contract import (
     Stream,
     WorkOnStream,
     WorkStream,
+    allocate_until,
     check_decode,
     check_download,
     check_upload,
+    free_each,
 )
 from asyncload.device._host import HostDevice
 from asyncload.errors import DeviceNotFoundError
@@ -39,10 +41,12 @@ __all__ = [
     "Stream",
     "WorkOnStream",
     "WorkStream",
+    "allocate_until",
     "check_decode",
     "check_download",
     "check_upload",
     "default_device",
+    "free_each",
     "open_device",
     "parse_device",
 ]

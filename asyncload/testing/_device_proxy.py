@@ -16,8 +16,9 @@ from asyncload.device import (
     Stream,
     WorkOnStream,
     WorkStream,
+    allocate_until,
+    free_each,
 )
-from asyncload.device._contract import allocate_until, free_each
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType
 
