@@ -118,12 +118,12 @@ class Bench:
         """Measures a part and prints what came of it."""
         preset = self.arguments.preset or _PRESETS[self.kind]
         idle, busy = (0,), (0, *self.arguments.spinning)
-        one = busy[:2]  # beside more threads others take minutes
+        few = busy[:2]  # beside more threads others take minutes
         if part == "loads":  # also what safetensors and the Python engine, being slow, do beside a thread that spins
-            slow = one if "spin" in (self.arguments.parts or _PARTS[self.kind]) else idle
+            slow = few if "spin" in (self.arguments.parts or _PARTS[self.kind]) else idle
             self._load(preset, "Q8_0", {NATIVE: idle, PYTHON: slow, "instanttensor": idle, "safetensors": slow})
         elif part == "spin":
-            self._load(self.arguments.spin_preset, "F32", {NATIVE: busy, PYTHON: idle, "instanttensor": one})
+            self._load(self.arguments.spin_preset, "F32", {NATIVE: busy, PYTHON: idle, "instanttensor": few})
         elif part == "decode":
             self._decode(preset)
         else:

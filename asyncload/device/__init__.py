@@ -18,13 +18,12 @@ from asyncload.device._contract import (
     Stream,
     WorkOnStream,
     WorkStream,
-    allocate_until,
     check_decode,
     check_download,
     check_upload,
-    free_each,
 )
 from asyncload.device._host import HostDevice
+from asyncload.device._several import allocate_until, free_each
 from asyncload.errors import DeviceNotFoundError
 from asyncload.options import DeviceKind
 

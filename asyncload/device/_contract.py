@@ -7,7 +7,7 @@ an event loop's thread. A thread that uses streams calls ``Device.attach`` first
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -29,12 +29,9 @@ __all__ = [
     "Stream",
     "WorkOnStream",
     "WorkStream",
-    "allocate_each",
-    "allocate_until",
     "check_decode",
     "check_download",
     "check_upload",
-    "free_each",
 ]
 
 
@@ -324,46 +321,6 @@ class Device(Protocol):
     def close(self) -> None:
         """Ends the backend's own threads; memory already allocated stays valid and can still be freed."""
         ...
-
-
-def allocate_each(
-    sizes: Sequence[int], allocate: Callable[[int], DeviceMemory], free: Callable[[DeviceMemory], None]
-) -> list[DeviceMemory]:
-    """Makes ``allocate_all`` of a device's ``allocate`` and ``free``."""
-    memory: list[DeviceMemory] = []
-    try:
-        for nbytes in sizes:
-            memory.append(allocate(nbytes))  # noqa: PERF401 - what there is, is freed again
-    except BaseException:
-        for each in memory:
-            free(each)
-        raise
-    return memory
-
-
-def allocate_until(
-    sizes: Sequence[int], allocate: Callable[[int], DeviceMemory], recipient: Recipient
-) -> list[DeviceMemory]:
-    """Makes ``allocate_some`` of a device's ``allocate``."""
-    memory: list[DeviceMemory] = []
-    for nbytes in sizes:
-        try:
-            memory.append(allocate(nbytes))
-            recipient.give(memory[-1].address)
-        except Exception:  # noqa: BLE001 - what there is goes to its owner, whatever it was
-            break
-    return memory
-
-
-def free_each(memory: Collection[DeviceMemory], free: Callable[[DeviceMemory], None]) -> dict[DeviceMemory, Exception]:
-    """Makes ``free_all`` of a device's ``free``."""
-    failures: dict[DeviceMemory, Exception] = {}
-    for each in memory:
-        try:
-            free(each)
-        except Exception as error:  # noqa: BLE001 - the caller's to judge
-            failures[each] = error
-    return failures
 
 
 def check_upload(

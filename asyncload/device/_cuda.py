@@ -31,15 +31,13 @@ from asyncload.device._contract import (
     StagingMemory,
     WorkOnStream,
     WorkStream,
-    allocate_each,
-    allocate_until,
     check_decode,
     check_download,
     check_upload,
-    free_each,
 )
 from asyncload.device._nvml import process_memory
 from asyncload.device._pages import Pages
+from asyncload.device._several import allocate_each, allocate_until
 from asyncload.errors import (
     AsyncloadError,
     BackendUnavailableError,
@@ -445,24 +443,13 @@ class CudaDevice:
 
     def free(self, memory: DeviceMemory) -> None:
         """Frees with cuMemFree, which gives the memory back to the driver at once."""
-        if memory == DeviceMemory(0, 0):
-            return
-        self.attach()
-        with self._lock:
-            if self._allocated.get(memory.address) != memory.nbytes:
-                raise DeviceError(f"{self._name}: {memory} is not allocated", device=self._name)
-            del self._allocated[memory.address]
-        try:
-            self.check(f"freeing {memory}", self.driver.cuMemFree(memory.address))
-        except DeviceError:
-            with self._lock:
-                self._allocated[memory.address] = memory.nbytes
-            raise
+        for error in self.free_all([memory]).values():
+            raise error
 
     def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
         """By C++ where that is there, which gives the interpreter lock up once for all of them."""
         if self._native is None:
-            return free_each(memory, self.free)
+            self.attach()
         failures: dict[DeviceMemory, Exception] = {}
         known: list[DeviceMemory] = []
         with self._lock:
@@ -472,13 +459,20 @@ class CudaDevice:
                     known.append(each)
                 elif each != DeviceMemory(0, 0):
                     failures[each] = DeviceError(f"{self._name}: {each} is not allocated", device=self._name)
-        for each, code in zip(known, self._native.free([each.address for each in known]), strict=True):
+        for each, code in zip(known, self._free([each.address for each in known]), strict=True):
             if code:
                 name = self._code(code)
                 failures[each] = DeviceError(f"{self._name}: freeing {each}: {name}", device=self._name, code=name)
                 with self._lock:
                     self._allocated[each.address] = each.nbytes
         return failures
+
+    def _free(self, addresses: Sequence[int]) -> list[int]:
+        """What the driver says of each, 0 where it is free."""
+        if self._native is not None:
+            codes: list[int] = self._native.free(addresses)
+            return codes
+        return [int(self.driver.cuMemFree(address)[0]) for address in addresses]
 
     def staging(self, nbytes: int) -> CudaStaging:
         """Maps, touches and then registers memory: 40 GB/s where cudaHostAlloc makes 3 (on an H200's host)."""

@@ -24,13 +24,11 @@ from asyncload.device._contract import (
     MemoryInfo,
     Recipient,
     Residency,
-    allocate_each,
-    allocate_until,
     check_download,
-    free_each,
 )
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, NativeHostEvent, PassedAll
 from asyncload.device._pages import Pages
+from asyncload.device._several import allocate_each, allocate_until, free_each
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, kernel_address, prepare

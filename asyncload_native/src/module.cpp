@@ -301,7 +301,8 @@ std::variant<Opened, ReadError> open_with_head(const std::string& path, std::uin
     }
 }
 
-// On a thread of its own, which nobody waits for to end; where the system has none left, here, with the lock given up.
+// On a thread of its own, which nobody waits for to end (a pool's would be missing after a fork); where the system has
+// none left, here, with the lock given up.
 std::future<std::variant<Opened, ReadError>> open_elsewhere(const std::string& path, std::uint64_t head) {
     auto task = std::make_shared<std::packaged_task<std::variant<Opened, ReadError>()>>(
         [path, head] { return open_with_head(path, head); });

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +43,32 @@ def without_turns() -> Iterator[None]:
     sys.setswitchinterval(1000.0)
     yield
     sys.setswitchinterval(interval)
+
+
+class Turns:
+    """Counts the turns that a thread has had with the interpreter lock, which it gives up after each."""
+
+    def __init__(self) -> None:
+        self.count, self._done, self._ready = 0, False, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    def _run(self) -> None:
+        while not self._done:
+            self.count += 1
+            self._ready.set()
+            time.sleep(0)  # gives the lock up, in all versions of Python
+
+    def end(self) -> None:
+        """Ends the thread."""
+        self._done = True
+        self._thread.join()
+
+
+@pytest.fixture
+def turns(without_turns: None) -> Iterator[Turns]:
+    """Another thread that wants the lock, and has it only where it is given up."""
+    turns = Turns()
+    yield turns
+    turns.end()

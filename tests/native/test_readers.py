@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -286,57 +286,6 @@ def test_the_same_failures_pass_by_themselves_in_both_engines() -> None:
     from asyncload_native import is_transient
 
     assert {number for number in range(-1, 4096) if is_transient(number)} == _PASSING
-
-
-class Turns:
-    """Counts the turns that another thread has had with the interpreter lock, which it gives up after each."""
-
-    def __init__(self) -> None:
-        self.count, self._done, self._ready = 0, False, threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._done:
-            self.count += 1
-            self._ready.set()
-            time.sleep(0)  # gives the lock up, in all versions of Python
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        assert self._ready.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done = True
-        self._thread.join()
-
-
-@pytest.mark.usefixtures("without_turns")
-def test_a_file_is_opened_without_giving_the_interpreter_lock_up(tmp_path: Path) -> None:
-    from asyncload_native import File, ReadError
-
-    path = tmp_path / "file"
-    path.write_bytes(bytes(1000))
-    with Turns() as turns:
-        before = turns.count
-        opened = [File.open(bytes(path), 600, patience=60.0) for _ in range(100)]
-        with pytest.raises(ReadError):
-            File.open(bytes(tmp_path / "none"), 600, patience=60.0)
-        after = turns.count
-    assert [len(head) for _, head in opened] == [600] * 100
-    assert after == before
-
-
-@pytest.mark.usefixtures("without_turns")
-def test_the_lock_is_given_up_where_opening_takes_long(tmp_path: Path) -> None:
-    from asyncload_native import File
-
-    path = tmp_path / "file"
-    path.write_bytes(bytes(1000))
-    with Turns() as turns:
-        before = turns.count
-        while turns.count == before:  # without patience anything takes long
-            assert len(File.open(bytes(path), 600, patience=0.0)[1]) == 600
 
 
 @pytest.mark.parametrize("what", ["folder", "closed"])

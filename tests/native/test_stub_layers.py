@@ -17,6 +17,7 @@ from asyncload.loader import Loader
 from asyncload.testing import LayerConformance, LayerRig, Wait, write_layers
 from asyncload.threads import run_in_thread
 from tests.layers.models import SMALL, open_stream
+from tests.native.conftest import Turns
 from tests.native.stub_cuda import StubCuda
 from tests.native.stub_device import StubDevice, stub_rig
 
@@ -69,30 +70,16 @@ async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cu
         assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
 
 
-@pytest.mark.usefixtures("without_turns")
-def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(stub_cuda: StubCuda, device: StubDevice) -> None:
-    stream, turns, done = stub_cuda.make("cuStreamCreate", 0), 0, False
-    native = device.native()
-
-    def take_turns() -> None:
-        nonlocal turns
-        while not done:
-            turns += 1
-            ready.set()
-            stub_cuda.barrier()  # a call that gives the lock up, for who wants it
-
-    ready = threading.Event()
-    other = threading.Thread(target=take_turns)
-    other.start()
-    assert ready.wait(30)
-    before = turns
+def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(
+    stub_cuda: StubCuda, device: StubDevice, turns: Turns
+) -> None:
+    stream, native = stub_cuda.make("cuStreamCreate", 0), device.native()
+    before = turns.count
     for _ in range(100):
         _, began = native.begin_work(stream, [], patience=60.0)
         native.begin_work(stream, [began], patience=60.0)
         native.end_work(stream, patience=60.0)
-    assert turns == before
-    done = True
-    other.join()
+    assert turns.count == before
 
 
 @pytest.mark.usefixtures("without_turns")
