@@ -32,7 +32,7 @@ _MOST_STAGING: Final = 480 << 20
 _THREADS: Final[Mapping[tuple[str, DeviceKind], int]] = {
     ("python", "cuda"): 8,  # more fall behind, as they fill the last-level cache
     ("python", "host"): 8,
-    ("native", "cuda"): 16,  # fewer do where the host is busy; those that are ahead of the bus sleep
+    ("native", "cuda"): 12,  # fewer do where the host is idle; more leave a buffer no time in the cache
     ("native", "host"): 8,
 }
 _STREAMS: Final = 2
@@ -70,7 +70,7 @@ class Options:
     two chunks a thread (native), or 16 chunks, and 480 MiB at most;
     ``decode`` says where blocks become numbers: on the ``"device"``, on the ``"host"`` before they cross the bus, or
     ``"auto"``: on a CUDA device where it has a kernel, else on the host;
-    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8, or 16
+    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8, or 12
     (native, with CUDA);
     ``streams`` the device streams of the Python engine, 0 for two (the native engine has one a thread);
     ``depth`` the chunks that may be under way on one of these; ``retries`` how often a read that failed for a passing

@@ -34,6 +34,7 @@ from asyncload_native._native import (
     cut,
     is_transient,
     read,
+    skip_strings,
     unavailable,
     version,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "cut",
     "is_transient",
     "read",
+    "skip_strings",
     "unavailable",
     "version",
 ]

@@ -308,6 +308,13 @@ def cut(tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='
     bytes of what is read, of what is uploaded, and of the target.
     """
 
+def skip_strings(buffer: bytearray, position: int, first: int, count: int, every: int) -> tuple[int, int, int, bytes]:
+    """
+    Passes over at most ``count`` strings of a GGUF array, from a position on, as long as their lengths are
+    there; the first has the index ``first``. How many these were, the position behind the last, beyond the
+    buffer if that is not all there, its own, and as 64-bit numbers those of each ``every``-th.
+    """
+
 class Strategy(enum.Enum):
     """A way of reading."""
 
@@ -413,8 +420,11 @@ class Admission(Recipient):
         job has been submitted, and nobody else admits anything of it meanwhile.
         """
 
-    def give(self, address: int) -> None:
-        """The memory of the next one; raises IndexError where all have theirs."""
+    def give(self, address: int) -> bool:
+        """
+        The memory of the next one; whether there is no hurry with the one after it, as the engine has enough to
+        do. Raises IndexError where all have theirs.
+        """
 
     @property
     def admitted(self) -> int:

@@ -210,8 +210,11 @@ class WorkOnStream(ABC):
 class Recipient(Protocol):
     """Whoever is told of memory as soon as it is allocated."""
 
-    def give(self, address: int) -> None:
-        """Takes the address of the next of what was asked for; on any thread."""
+    def give(self, address: int) -> bool:
+        """Takes the address of the next of what was asked for; on any thread.
+
+        Whether there is no hurry with the one after it: a device that does nothing else meanwhile then pauses.
+        """
         ...
 
 

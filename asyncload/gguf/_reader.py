@@ -9,8 +9,9 @@ from typing import Any, Final, TypeVar
 
 from asyncload.errors import FormatError, TruncatedError
 from asyncload.gguf._array import MARK_EVERY
+from asyncload.gguf._strings import LENGTH, UNITS_OF_A_STRING, skip_strings
 
-__all__ = ["MAX_NAME", "Reader", "Steps", "quote"]
+__all__ = ["MAX_NAME", "Missing", "Reader", "Steps", "quote"]
 
 T = TypeVar("T")
 
@@ -21,16 +22,24 @@ Steps = Generator[int, None, T]
 _MAX_HEADER: Final = 256 << 20
 MAX_NAME: Final = (1 << 16) - 1  # the format's limit for keys; for tensors there is none but ggml's
 
-# One unit is about the time in which one string is skipped, 60 ns: a pause each 0.15 ms or so.
+# One unit is about the time in which Python passes over a string, 60 ns: a pause each 0.15 ms or so.
 _UNITS_BETWEEN_PAUSES: Final = 2048
+_STRINGS_AT_ONCE: Final = 1024
 _BYTES_CHECKED_AT_ONCE: Final = 64 << 10
 _UNITS_OF_A_CHECK: Final = 1024
 _BYTES_COPIED_AT_ONCE: Final = 256 << 10
 _UNITS_OF_A_COPY: Final = 1024
 
-_LENGTH: Final = struct.Struct("<Q")
 _ZERO_AND_ONE: Final = b"\0\1"
 _QUOTED: Final = 80
+
+
+class Missing(Exception):  # noqa: N818 - no error: more bytes may come
+    """Bytes that are not there yet, as ``Reader.need`` takes them, from ``position`` on."""
+
+    def __init__(self, position: int, nbytes: int, what: str, at: int | None = None) -> None:
+        self.position = position
+        self.announced = nbytes, what, at
 
 
 class Reader:
@@ -91,56 +100,72 @@ class Reader:
 
     def string(self, what: str, limit: int = _MAX_HEADER) -> Steps[str]:
         """Reads a string of at most ``limit`` bytes."""
-        at = self.position
-        (length,) = yield from self.take(_LENGTH, f"{what}'s length")
-        if length > limit and length <= self.size - self.position:
-            raise self.error(f"{what} of {length} bytes is longer than {limit}", at)
-        yield from self.need(length, what, at)
+        return (yield from self.retry(self.string_at, what, limit))
+
+    def name(self, what: str, limit: int) -> Steps[str]:
+        """Reads a string that names something."""
+        return (yield from self.retry(self.name_at, what, limit))
+
+    def retry(self, read: Callable[..., tuple[T, int]], *arguments: Any) -> Steps[T]:
+        """Reads something with a function that is told the position, and returns what is there and the next one.
+
+        It is called again, from the same position, when what it says to be ``Missing`` has come.
+        """
         start = self.position
-        self.position += length
+        while True:
+            try:
+                value, self.position = read(start, *arguments)
+            except Missing as missing:
+                self.position = missing.position
+                yield from self.need(*missing.announced)
+                self.position = start
+            else:
+                return value
+
+    def string_at(self, at: int, what: str, limit: int) -> tuple[str, int]:
+        """A string of at most ``limit`` bytes, and where it ends; raises ``Missing``."""
+        buffer = self.buffer
+        start = at + LENGTH.size
+        if start > len(buffer):
+            raise Missing(at, LENGTH.size, f"{what}'s length")
+        (length,) = LENGTH.unpack_from(buffer, at)
+        if length > limit and length <= self.size - start:
+            raise self.error(f"{what} of {length} bytes is longer than {limit}", at)
+        end = start + length
+        if end > len(buffer):
+            raise Missing(start, length, what, at)
         try:
-            return self.buffer[start : self.position].decode()
+            return buffer[start:end].decode(), end
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8: {error.reason}", start + error.start) from None
 
-    def name(self, what: str, limit: int) -> Steps[str]:
-        """Reads a string that names something: not empty, without NUL (where a C reader would see it end)."""
-        at = self.position
-        text = yield from self.string(what, limit)
+    def name_at(self, at: int, what: str, limit: int) -> tuple[str, int]:
+        """A string that is not empty, without NUL (where a C reader would see it end); raises ``Missing``."""
+        text, end = self.string_at(at, what, limit)
         if not text:
             raise self.error(f"{what} is empty", at)
         if "\0" in text:
             raise self.error(f"{what} {quote(text)} has a NUL in it", at)
-        return text
+        return text, end
 
     def skip_strings(self, count: int, at: int) -> Steps[array[int]]:
         """Passes over ``count`` strings; returns the position of every ``MARK_EVERY``-th.
 
         ``at`` is where the count stands; it is held against the file's size, as each string has a length at least.
         """
-        if count * _LENGTH.size > self.size - self.position:
+        if count * LENGTH.size > self.size - self.position:
             raise self.truncated(f"{count} strings do not fit in the file", at)
         marks = array("Q")
-        buffer, length_at = self.buffer, _LENGTH.unpack_from
         passed = 0
         while passed < count:
-            yield from self.need(_LENGTH.size, "a string's length")
-            start = position = self.position
-            last = len(buffer) - _LENGTH.size
-            if passed % MARK_EVERY == 0:
-                marks.append(position)
-            run = min(MARK_EVERY - passed % MARK_EVERY, count - passed)
-            for done in range(run):
-                if position > last:  # the next length is not there yet
-                    run = done
-                    break
-                start = position
-                position += 8 + length_at(buffer, position)[0]
-            if position > self.size:
-                raise self.truncated("a string in an array reaches past the end of the file", start)
-            self.position = position
-            passed += run
-            self.work(run)
+            yield from self.need(LENGTH.size, "a string's length")
+            most = min(_STRINGS_AT_ONCE, count - passed)
+            done, self.position, last, marked = skip_strings(self.buffer, self.position, passed, most, MARK_EVERY)
+            if self.position > self.size:
+                raise self.truncated("a string in an array reaches past the end of the file", last)
+            marks.frombytes(marked)
+            passed += done
+            self.work(int(done * UNITS_OF_A_STRING))
         yield from self.need(0, "an array of strings")
         return marks
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from operator import attrgetter
 from typing import Final, NamedTuple
 
 from asyncload.errors import UnsupportedTypeError
 from asyncload.gguf._header import TensorInfo, merge_sorted
-from asyncload.gguf._reader import MAX_NAME, Reader, Steps, quote
+from asyncload.gguf._reader import MAX_NAME, Missing, Reader, Steps, quote
 from asyncload.gguf._types import REMOVED_TYPES, TYPES_BY_ID, GGMLType
 
 __all__ = ["SMALLEST_ENTRY", "Entry", "place", "read_entries"]
@@ -40,32 +41,35 @@ class Entry(NamedTuple):
 def read_entries(reader: Reader, count: int, *, strict: bool) -> Steps[dict[str, Entry]]:
     """Reads ``count`` entries; with ``strict``, names no longer than ggml's."""
     entries: dict[str, Entry] = {}
+    longest = _MAX_NAME_STRICT if strict else MAX_NAME
     for _ in range(count):
         at = reader.position
-        name = yield from reader.name("a tensor's name", _MAX_NAME_STRICT if strict else MAX_NAME)
-        if name in entries:
-            raise reader.error(f"tensor {quote(name)} is there twice", at)
-        entries[name] = yield from _entry(reader, name)
+        entry = yield from reader.retry(_entry, reader, longest)
+        if entry.name in entries:
+            raise reader.error(f"tensor {quote(entry.name)} is there twice", at)
+        entries[entry.name] = entry
         reader.work(_UNITS_OF_AN_ENTRY)
     return entries
 
 
-def _entry(reader: Reader, name: str) -> Steps[Entry]:
-    at = reader.position
-    n_dimensions: int = (yield from reader.take(_UINT32, "a number of dimensions"))[0]
+def _entry(at: int, reader: Reader, longest: int) -> tuple[Entry, int]:
+    name, at = reader.name_at(at, "a tensor's name", longest)
+    buffer = reader.buffer
+    if at + _UINT32.size > len(buffer):
+        raise Missing(at, _UINT32.size, "a number of dimensions")
+    n_dimensions: int = _UINT32.unpack_from(buffer, at)[0]
     if n_dimensions > _MAX_DIMENSIONS:
         raise reader.error(f"tensor {quote(name)} has {n_dimensions} dimensions, more than {_MAX_DIMENSIONS}", at)
-    at = reader.position
-    fields: tuple[int, ...] = yield from reader.take(_ENTRIES[n_dimensions], "a tensor's shape, type and offset")
+    at += _UINT32.size
+    layout = _ENTRIES[n_dimensions]
+    end = at + layout.size
+    if end > len(buffer):
+        raise Missing(at, layout.size, "a tensor's shape, type and offset")
+    fields: tuple[int, ...] = layout.unpack_from(buffer, at)
     *dimensions, number, offset = fields
-    n_weights = span = 1  # span is n_weights as if no dimension were zero: strides must be countable then, too
-    for index, dimension in enumerate(dimensions):
-        n_weights *= dimension
-        span *= max(dimension, 1)
-        if dimension < 0:
-            raise reader.error(f"tensor {quote(name)} has a negative dimension ({dimension})", at + 8 * index)
-        if span > _MAX_WEIGHTS:
-            raise reader.error(f"tensor {quote(name)} has more weights than can be counted", at + 8 * index)
+    n_weights = prod(dimensions)
+    if n_weights > _MAX_WEIGHTS or (dimensions and min(dimensions) < 1):
+        _check_dimensions(reader, name, dimensions, at)
     kind = _tensor_type(reader, number, name, at + 8 * n_dimensions)
     row = dimensions[0] if dimensions else 1
     if row % kind.block_size:
@@ -73,7 +77,17 @@ def _entry(reader: Reader, name: str) -> Steps[Entry]:
             f"tensor {quote(name)} has rows of {row} weights, no multiple of {kind.name}'s {kind.block_size}", at
         )
     nbytes = n_weights // kind.block_size * kind.type_size
-    return Entry(name, kind, tuple(reversed(dimensions)), offset, nbytes, at + 8 * n_dimensions + 4)
+    return Entry(name, kind, tuple(dimensions[::-1]), offset, nbytes, at + 8 * n_dimensions + 4), end
+
+
+def _check_dimensions(reader: Reader, name: str, dimensions: Sequence[int], at: int) -> None:
+    span = 1  # the number of weights as if no dimension were zero: strides must be countable then, too
+    for index, dimension in enumerate(dimensions):
+        if dimension < 0:
+            raise reader.error(f"tensor {quote(name)} has a negative dimension ({dimension})", at + 8 * index)
+        span *= max(dimension, 1)
+        if span > _MAX_WEIGHTS:
+            raise reader.error(f"tensor {quote(name)} has more weights than can be counted", at + 8 * index)
 
 
 def _tensor_type(reader: Reader, number: int, name: str, at: int) -> GGMLType:

@@ -24,7 +24,7 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
             assert session.transfer is not None
             stats = session.transfer.stats()
             await session.transfer.end()
-            await session.finish()
+            session.finish()
         session.meter.done()
         tensors, session.tensors = session.tensors, {}  # the model's alone from here on
         return Model(tensors, header=session.opened.header, device=engine.device.info, stats=stats)

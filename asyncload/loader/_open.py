@@ -23,6 +23,7 @@ RunBlocking = Callable[..., Awaitable[Any]]
 _FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
 _UNDISTURBED: Final = 0.001  # seconds of work that are not worth a pause
+_BETWEEN_PAUSES: Final = 0.0005  # seconds of work for which others may wait where one was
 _BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
 
 
@@ -163,8 +164,9 @@ class Pause:
     """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
 
     It sleeps long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the loop is
-    often back first. Where another thread does not give the lock back before the interpreter makes it, the next pause,
-    of this loop or of one that begins soon after, comes after as much work as that.
+    often back first. The next one comes after half a millisecond of work. Where another thread does not give the lock
+    back before the interpreter makes it, the next one, of this loop or of one that begins soon after, comes after as
+    much work as this one took.
     """
 
     _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
@@ -180,4 +182,4 @@ class Pause:
             end = time.perf_counter()
             kept = end - begin >= sys.getswitchinterval()
             Pause._kept_until = end + _BELIEVED if kept else 0.0
-            self._not_before = end + (end - begin if kept else min(end - begin, _UNDISTURBED))
+            self._not_before = end + (end - begin if kept else _BETWEEN_PAUSES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -51,7 +51,8 @@ class Session(Sink):
         self.opened = OpenedModel(engine.callers.run, strict=options.strict, native=options.engine == "native")
         self.memory: dict[int, Memory] = {}  # by the tensor's index in the plan, until it is handed out
         self.landed_tensors: set[int] = set()
-        self.tensors: dict[str, Tensor] = {}  # once all of them are there
+        self._made: dict[str, Tensor] = {}  # of all memory, while it is written to
+        self.tensors: dict[str, Tensor] = {}  # that are complete
         self.transfer: Transfer | None = None
 
     def make_plan(self) -> None:
@@ -90,7 +91,10 @@ class Session(Sink):
             self.opened.hand_over()
 
     def begin(self) -> None:
-        """Allocates device memory for the tensors that have none, which may be moved as they get it; blocks."""
+        """Allocates device memory for the tensors that have none, which may be moved as they get it; blocks.
+
+        It makes the tensors, too, so that at the end nothing is left to do for them.
+        """
         assert self.transfer is not None
         everything = range(len(self.plan.tensors))
         missing = [index for index in everything if index not in self.memory]
@@ -102,6 +106,7 @@ class Session(Sink):
             self.engine.tracker.allocate_some(self._sizes(missing), Purpose.WEIGHTS, recipient, keep)
         self.allocate(everything)
         self.transfer.admit()
+        self._made = self._make_tensors(everything)
 
     async def run(self) -> None:
         """Moves what is to be moved."""
@@ -145,6 +150,11 @@ class Session(Sink):
 
     def hand_out(self, index: int) -> Tensor:
         """Makes a tensor of a complete target, which is the tensor's from now on."""
+        tensor = self._make_tensor(index)
+        del self.memory[index]
+        return tensor
+
+    def _make_tensor(self, index: int) -> Tensor:
         tensor = self.plan.tensors[index]
         return Tensor(
             name=tensor.info.name,
@@ -152,24 +162,24 @@ class Session(Sink):
             dtype=tensor.dtype,
             type=tensor.info.type,
             device=self.engine.device.info,
-            memory=self.memory.pop(index),
+            memory=self.memory[index],
             logical_shape=tensor.info.shape,
         )
 
-    async def finish(self) -> None:
-        """Makes tensors of all targets."""
-        if len(self.memory) > _AT_ONCE:
-            await self.engine.callers.run(self._hand_out_all)
-        else:
-            self._hand_out_all()
-
-    def _hand_out_all(self) -> None:
+    def _make_tensors(self, indices: Iterable[int]) -> dict[str, Tensor]:
         pause = Pause()
-        for count, index in enumerate(sorted(self.memory), 1):
-            tensor = self.hand_out(index)
-            self.tensors[tensor.name] = tensor
+        tensors: dict[str, Tensor] = {}
+        for count, index in enumerate(indices, 1):
+            tensor = self._make_tensor(index)
+            tensors[tensor.name] = tensor
             if count % _AT_ONCE == 0:
                 pause()
+        return tensors
+
+    def finish(self) -> None:
+        """Has all tensors ready, which are complete."""
+        self.tensors, self._made = self._made, {}
+        self.memory.clear()
 
     async def discard(self, *, keep_landed: bool = False) -> None:
         """Frees the targets that were not handed out, and waits until that is done.
@@ -185,6 +195,7 @@ class Session(Sink):
                 await self.engine.callers.run(self._discard, keep_landed)
 
     def _discard(self, keep_landed: bool) -> None:
+        self._made = {}
         tensors, self.tensors = self.tensors, {}
         for tensor in tensors.values():
             tensor.close()
@@ -192,7 +203,8 @@ class Session(Sink):
             memory = self.memory.pop(index)
             if isinstance(memory, Allocation):
                 memory.close()
-        self._hand_out_all()
+        self.tensors = self._make_tensors(sorted(self.memory))
+        self.memory.clear()
         self.engine.tracker.flush()
 
     # What the transfer asks

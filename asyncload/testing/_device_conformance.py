@@ -133,8 +133,9 @@ class DeviceConformance(DecodeConformance, ABC):
         given: list[int] = []
 
         class Notes:
-            def give(self, address: int) -> None:
+            def give(self, address: int) -> bool:
                 given.append(address)
+                return len(given) % 2 == 0
 
         made = device.allocate_some([_PAGE, 0, _LARGE, 1 << 60, _PAGE], Notes())
         assert [memory.nbytes for memory in made] == [_PAGE, 0, _LARGE]

@@ -17,16 +17,16 @@ Admission::Admission(std::shared_ptr<Engine> engine, std::shared_ptr<Job> job, s
         throw std::out_of_range("there are not such tensors");
 }
 
-void Admission::give(Address address) {
+bool Admission::give(Address address) {
     targets_[awaited_.at(given_)] = address;
     ++given_;
     const auto& groups = job_->groups();
     const std::size_t end = given_ < awaited_.size() ? awaited_[given_] : targets_.size();  // all below have a target
     const bool last = end == targets_.size();
-    if (!last && groups[end] == groups[admitted_]) return;  // the next one shares a chunk with it
+    if (!last && groups[end] == groups[admitted_]) return false;  // the next one shares a chunk with it
     const std::uint32_t below = last ? std::ranges::max(groups) + 1 : groups[end];
-    engine_->admit(*job_, below, admitted_, std::span(targets_).subspan(admitted_, end - admitted_));
-    admitted_ = end;
+    const std::size_t first = std::exchange(admitted_, end);
+    return engine_->admit(*job_, below, first, std::span(targets_).subspan(first, end - first));
 }
 
 }  // namespace asyncload

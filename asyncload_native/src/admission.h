@@ -21,8 +21,9 @@ class Admission final : public Recipient {
     Admission(std::shared_ptr<Engine> engine, std::shared_ptr<Job> job, std::vector<Address> targets,
               std::vector<std::uint32_t> awaited);
 
-    // Takes the memory of the next one; throws `std::out_of_range` where all have theirs.
-    void give(Address address) override;
+    // Takes the memory of the next one; throws `std::out_of_range` where all have theirs. There is no hurry with more
+    // while chunks of the job wait for a thread.
+    bool give(Address address) override;
 
     // The engine knows the targets of so many tensors, the first ones.
     std::size_t admitted() const noexcept { return admitted_; }

@@ -1,13 +1,18 @@
 #include "cuda_device.h"
 
 #include <array>
+#include <chrono>
 #include <functional>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 namespace asyncload {
 
 namespace {
+
+// How long who allocates leaves the driver to others, at the least: the kernel adds some 50 microseconds.
+constexpr std::chrono::microseconds allocation_pause{50};
 
 constexpr unsigned threads_per_group = 256;  // as the kernels are bounded to: asyncload/quant/cuda
 
@@ -207,7 +212,8 @@ std::vector<Address> CudaDevice::allocate_some(const std::vector<std::size_t>& s
         if (nbytes && driver().cuMemAlloc.result(&address, nbytes) != CUDA_SUCCESS) break;
         addresses.push_back(address);
         try {
-            recipient.give(address);
+            // The driver allocates and takes copies under one lock, which who asks for it without a break keeps.
+            if (recipient.give(address)) std::this_thread::sleep_for(allocation_pause);
         } catch (const std::exception&) {  // what there is goes to its owner, whatever it was
             break;
         }

@@ -87,8 +87,8 @@ class Stream {
 class Recipient {
   public:
     virtual ~Recipient() = default;
-    // The address of the next of what was asked for.
-    virtual void give(Address address) = 0;
+    // Takes the address of the next of what was asked for; whether there is no hurry with the one after it.
+    virtual bool give(Address address) = 0;
 };
 
 class Device : public std::enable_shared_from_this<Device> {

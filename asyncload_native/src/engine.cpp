@@ -331,13 +331,15 @@ void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std:
     if (ended) ended->settle();
 }
 
-void Engine::admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets) {
+bool Engine::admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets) {
     const std::lock_guard lock(mutex_);
     if (first > job.targets_.size() || targets.size() > job.targets_.size() - first)
         throw std::out_of_range("there are not so many tensors");
+    const bool others = waits(job);
     std::ranges::copy(targets, job.targets_.begin() + static_cast<std::ptrdiff_t>(first));
     job.admitted_ = std::max(job.admitted_, groups);
     changed_.notify_all();
+    return others;
 }
 
 void Engine::cancel(Job& job) {
@@ -394,6 +396,10 @@ void Engine::close() {
     workers_.clear();
 }
 
+bool Engine::waits(const Job& job) {
+    return job.next_ < job.cut_.chunks.size() && job.cut_.chunks[job.next_].group < job.admitted_;
+}
+
 std::optional<Engine::Task> Engine::take(bool wait) {
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -402,7 +408,7 @@ std::optional<Engine::Task> Engine::take(bool wait) {
         auto best = jobs_.end();
         for (auto job = jobs_.begin(); job != jobs_.end(); ++job) {
             const Job& each = **job;
-            if (each.next_ == each.cut_.chunks.size() || each.cut_.chunks[each.next_].group >= each.admitted_) continue;
+            if (!waits(each)) continue;
             if (best == jobs_.end() || each.under_way_ < (*best)->under_way_) best = job;
         }
         if (best != jobs_.end()) {

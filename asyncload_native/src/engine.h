@@ -42,9 +42,9 @@ class Engine {
     // Has a job's chunks moved as far as groups are admitted. `after`: see `Job`; `scratch`: device memory of a chunk's
     // size for each thread, or nothing where the device decodes nothing.
     void submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::shared_ptr<Event>> after);
-    // Lets the groups below `groups` be moved, for which the targets, from tensor `first` on, are given. Throws
-    // `std::out_of_range` for more than there are.
-    void admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets);
+    // Lets the groups below `groups` be moved, for which the targets, from tensor `first` on, are given; whether others
+    // of its chunks were waiting for a thread. Throws `std::out_of_range` for more than there are.
+    bool admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets);
     // Takes no further chunk of it; it ends once nothing of it is under way.
     void cancel(Job& job);
     // Whether a job uses a staging buffer.
@@ -65,6 +65,8 @@ class Engine {
     };
 
     std::optional<Task> take(bool wait);
+    // Under the lock: whether a chunk of it may be taken.
+    static bool waits(const Job& job);
     // Under the lock; both return a job that has nothing left to do, once, to be settled without the lock.
     std::shared_ptr<Job> stop(Job& job);
     std::shared_ptr<Job> take_ended(Job& job);

@@ -31,6 +31,7 @@
 #include "race.h"
 #include "reader.h"
 #include "reader_choice.h"
+#include "skip_strings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -434,6 +435,21 @@ void bind_parts(nb::module_& module) {
         "The chunks of a job: group, file, offset and bytes, and of each tensor's share: the tensor, the offset and\n"
         "bytes of what is read, of what is uploaded, and of the target.");
 
+    module.def(
+        "skip_strings",
+        [](const nb::bytearray& buffer, std::uint64_t position, std::uint64_t first, std::uint64_t count,
+           std::uint64_t every) {
+            if (every == 0) throw nb::value_error("every 0th string");
+            const auto* const begin = static_cast<const std::byte*>(buffer.data());
+            const auto skipped = skip_strings({begin, buffer.size()}, position, first, count, every);
+            const nb::bytes marks(skipped.marks.data(), skipped.marks.size() * sizeof(std::uint64_t));
+            return std::tuple(skipped.count, skipped.end, skipped.last, marks);
+        },
+        "buffer"_a, "position"_a, "first"_a, "count"_a, "every"_a,
+        "Passes over at most ``count`` strings of a GGUF array, from a position on, as long as their lengths are\n"
+        "there; the first has the index ``first``. How many these were, the position behind the last, beyond the\n"
+        "buffer if that is not all there, its own, and as 64-bit numbers those of each ``every``-th.");
+
     nb::enum_<Strategy>(module, "Strategy", "A way of reading.")
         .value("PREAD", Strategy::pread)
         .value("DIRECT", Strategy::direct)
@@ -539,9 +555,11 @@ void bind_admission(nb::module_& module) {
             "give",
             [](Admission& admission, Address address) {
                 const auto released = release_if(admission.engine().contended());
-                admission.give(address);
+                return admission.give(address);
             },
-            "address"_a, "The memory of the next one; raises IndexError where all have theirs.")
+            "address"_a,
+            "The memory of the next one; whether there is no hurry with the one after it, as the engine has enough to\n"
+            "do. Raises IndexError where all have theirs.")
         .def_prop_ro("admitted", &Admission::admitted, "How many tensors the engine knows the targets of.");
 }
 

@@ -158,8 +158,9 @@ class Notes:
     def __init__(self) -> None:
         self.given: list[int] = []
 
-    def give(self, address: int) -> None:
+    def give(self, address: int) -> bool:
         self.given.append(address)
+        return False
 
 
 def test_of_several_those_that_fit_are_kept_by_their_positions(tracker: VramTracker, device: Device) -> None:
@@ -188,10 +189,11 @@ def test_of_several_those_are_kept_that_came_before_any_error(tracker: VramTrack
             raise ZeroDivisionError
 
     class Refusing(Notes):
-        def give(self, address: int) -> None:
+        def give(self, address: int) -> bool:
             super().give(address)
             if len(self.given) == 2:
                 raise ZeroDivisionError
+            return False
 
     sizes = dict.fromkeys("abcd", KIB)
     for notes, hook in ((Notes(), refuse), (Refusing(), None)):

@@ -121,6 +121,22 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def test_there_is_no_hurry_with_more_memory_while_chunks_wait_for_a_thread(loads: Loads, engine: Engine) -> None:
+    from asyncload_native import Admission
+
+    job, targets = loads.begin(engine, admit=False, sizes=SIZES[:1] * 4)
+    admission = Admission(engine, job, np.array(targets, np.uint64), range(4))
+    loads.cuda.hold(True)
+    assert not admission.give(targets[0])
+    assert -(-SIZES[0] // CHUNK) == BUFFERS  # all of the first may be on their way, none of the second
+    admission.give(targets[1])
+    assert admission.give(targets[2])
+    loads.cuda.hold(False)
+    until(lambda: job.times().uploaded_nbytes == 3 * SIZES[0])
+    assert not admission.give(targets[3])
+    assert ended(job)
+
+
 @pytest.mark.parametrize("known", [(), (0,), (1, 3), (len(SIZES) - 1,)])
 def test_tensors_are_moved_as_they_are_allocated(loads: Loads, engine: Engine, known: Sequence[int]) -> None:
     from asyncload_native import Admission
