@@ -8,13 +8,15 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from asyncload.errors import PlanError, SourceNotFoundError
 from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
 from asyncload.source import BlockingSource, NativeFileSource, Source, open_source
 
 __all__ = ["ModelPath", "OpenedModel", "Pause"]
+
+T = TypeVar("T")
 
 ModelPath = str | os.PathLike[str] | Source | Sequence[Source]
 # A function that runs a blocking call on a thread, to its end.
@@ -61,7 +63,7 @@ class OpenedModel:
         part is a ``SplitError``, and what ``then`` raises.
         """
         if isinstance(path, str | bytes | os.PathLike):
-            await self._run(self._open_path, os.fsdecode(path), then)
+            await self._work(self._open_path, os.fsdecode(path), then)
         else:
             given: list[object] = [path] if isinstance(path, Source) else list(path)
             self.sources = [source for source in given if isinstance(source, Source)]
@@ -69,7 +71,17 @@ class OpenedModel:
                 raise PlanError(f"a model is a path, a source or the sources of all its parts, not {path!r}")
             headers = [await self._read_header(source) for source in self.sources]
             names = [source.url for source in self.sources]
-            await self._run(self._join, headers, names, then)
+            await self._work(self._join, headers, names, then)
+
+    async def _work(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs a function that pauses."""
+
+        def work() -> T:
+            self.pause.begin()  # here: until the thread has the interpreter lock, much time may have passed
+            return function(*args)
+
+        result: T = await self._run(work)
+        return result
 
     def _join(self, headers: Sequence[Header | None], names: Sequence[str], then: Callable[[], None]) -> None:
         self.header = join_parts(headers, names, pause=self.pause)
@@ -105,13 +117,12 @@ class OpenedModel:
     async def _read_header(self, source: Source) -> Header:
         parser = self._parser(source)
         if isinstance(source, BlockingSource):
-            header: Header = await self._run(_read_header_blocking, source, parser)
-            return header
+            return await self._work(_read_header_blocking, source, parser)
         offset = 0
         while parser.header is None:
             piece = bytearray(_next_read(source, parser, offset))
             await source.read_into(offset, memoryview(piece))
-            await self._run(parser.feed, piece)
+            await self._work(parser.feed, piece)
             offset += len(piece)
         return parser.header
 
@@ -172,6 +183,10 @@ class Pause:
     _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """The loop begins now."""
         now = time.perf_counter()
         self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _UNDISTURBED)
 

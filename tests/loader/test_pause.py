@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asyncload.loader import _open
-from asyncload.loader._open import Pause
+from asyncload.loader._open import OpenedModel, Pause
 
 
 class Clock:
@@ -80,3 +83,14 @@ def test_nor_for_long(clock: Clock) -> None:
     clock.work(Pause(), 0.0011)
     clock.now += 11
     assert clock.work(Pause(), 0.0011) > 0
+
+
+@pytest.mark.anyio
+async def test_time_until_a_thread_has_the_lock_is_not_its_work(clock: Clock, model_path: Path) -> None:
+    async def run(function: Callable[..., Any], *args: Any) -> Any:
+        clock.now += 0.02
+        return function(*args)
+
+    async with OpenedModel(run) as opened:
+        await opened.open(model_path, opened.pause)
+    assert clock.sleeps == 0
