@@ -52,12 +52,15 @@ def _prepare(session: Session, resume: Partial | None) -> None:
 
     The first bytes are on their way while the memory of the rest is allocated.
     """
+    pause = session.opened.pause
     session.make_plan()
+    pause()
     if resume is not None:
         arrived = _check(session, resume)
         session.allocate([index for index in range(len(session.plan.tensors)) if index not in arrived])
         _take_over(session, resume, arrived)
     session.make_transfer()
+    pause()
     session.begin()
 
 

@@ -106,6 +106,7 @@ class Session(Sink):
             self.engine.tracker.allocate_some(self._sizes(missing), Purpose.WEIGHTS, recipient, keep)
         self.allocate(everything)
         self.transfer.admit()
+        self.opened.pause()
         self._made = self._make_tensors(everything)
 
     async def run(self) -> None:
