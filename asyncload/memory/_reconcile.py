@@ -8,10 +8,10 @@ from typing import Final, Literal
 
 from asyncload.device import Device
 from asyncload.memory._ledger import Entry
+from asyncload.plan import ALLOCATION_BLOCK
 
-__all__ = ["CONTEXT_GROWTH", "GRANULARITY", "Baseline", "Reconciliation"]
+__all__ = ["CONTEXT_GROWTH", "Baseline", "Reconciliation"]
 
-GRANULARITY: Final = 2 << 20  # bytes of the blocks in which a driver takes memory for allocations
 # Bytes that a context may take for itself after it was made: streams, loaded kernels, tables of pinned memory.
 CONTEXT_GROWTH: Final = 64 << 20
 
@@ -57,6 +57,6 @@ class Baseline:
         return Reconciliation(
             ledger_change=sum(sizes),
             driver_change=self._free - self._device.memory().free if by_process is None else by_process,
-            tolerance=CONTEXT_GROWTH + sum(-size % GRANULARITY for size in sizes),
+            tolerance=CONTEXT_GROWTH + sum(-size % ALLOCATION_BLOCK for size in sizes),
             source="device" if by_process is None else "process",
         )

@@ -19,10 +19,11 @@ from asyncload.plan._select import Selection, select_tensors
 from asyncload.plan._shape import ModelShape
 from asyncload.plan._suggest import Suggestion
 from asyncload.plan._tensor import Decode, TensorPlan
-from asyncload.plan._weights import SLOT_ALIGNMENT, LayerPlan, PrefillDtype
+from asyncload.plan._weights import ALLOCATION_BLOCK, SLOT_ALIGNMENT, LayerPlan, PrefillDtype
 from asyncload.plan._workspace import workspace_nbytes
 
 __all__ = [
+    "ALLOCATION_BLOCK",
     "KV_TYPES",
     "SLOT_ALIGNMENT",
     "Chunk",

@@ -64,7 +64,7 @@ def _choices(needs: Needs, mode: Mode, most: int) -> Iterator[tuple[int, ...]]:
 def _most_resident(needs: Needs, slots: int, available: int) -> int:
     """No more layers than this fit, whichever they are."""
     layers = needs.weights.layers.values()
-    sizes = sorted(layer.nbytes + layer.prefill_nbytes for layer in layers)
+    sizes = sorted(layer.resident_nbytes + layer.prefill_nbytes for layer in layers)
     smallest = min((layer.nbytes for layer in layers), default=0)
     rest = available - sum(needs.breakdown((), 0).values()) - slots * smallest
     return sum(total <= rest for total in accumulate(sizes))

@@ -73,7 +73,7 @@ class Needs:
         """Bytes by purpose, under the names of ``asyncload.memory.Purpose``, with these layers on the device."""
         kept = [self.weights.layers[number] for number in resident]
         return {
-            "weights": self.weights.always_nbytes + sum(layer.nbytes + layer.prefill_nbytes for layer in kept),
+            "weights": self.weights.always_nbytes + sum(layer.resident_nbytes + layer.prefill_nbytes for layer in kept),
             "slots": slots * self.slot_nbytes(frozenset(resident)),
             "scratch": self.weights.scratch,
             "kv_cache": self.kv.nbytes,

@@ -10,7 +10,8 @@ import pytest
 from asyncload.device import DeviceMemory, HostDevice, MemoryInfo, Residency
 from asyncload.errors import DeviceError, ResidencyError
 from asyncload.memory import Purpose, Reconciliation, VramTracker
-from asyncload.memory._reconcile import CONTEXT_GROWTH, GRANULARITY
+from asyncload.memory._reconcile import CONTEXT_GROWTH
+from asyncload.plan import ALLOCATION_BLOCK
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -127,7 +128,7 @@ def test_both_ends_of_a_change_are_of_one_source(device: DrivenDevice, first: in
 def test_a_reconciliation_does_not_change(tracker: VramTracker) -> None:
     with pytest.raises(FrozenInstanceError):
         tracker.reconcile().ledger_change = 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    assert GRANULARITY == 2 * MIB
+    assert ALLOCATION_BLOCK == 2 * MIB
 
 
 # Where

@@ -13,6 +13,7 @@ from asyncload.device import Device, DeviceMemory, open_device
 from asyncload.device._cuda import CudaDevice
 from asyncload.errors import OutOfDeviceMemoryError, ResidencyError
 from asyncload.memory import Allocation, Purpose, VramTracker
+from asyncload.plan import ALLOCATION_BLOCK
 from asyncload.testing import SleepingKernel
 
 pytestmark = pytest.mark.gpu
@@ -178,3 +179,12 @@ def test_what_is_not_in_the_devices_memory_is_named(device: Device, tracker: Vra
     device.check("freeing", device.driver.cuMemFree(managed))
     staging.close()
     assert len(held) == 3
+
+
+def test_large_allocations_take_the_blocks_that_plans_count(device: Device) -> None:
+    sizes = [3 << 20, (4 << 20) + 1, 5 << 20] * 4
+    before = device.memory().free
+    made = device.allocate_all(sizes)
+    assert before - device.memory().free == 4 * (2 + 3 + 3) * ALLOCATION_BLOCK
+    assert device.free_all(made) == {}
+    assert device.memory().free == before
