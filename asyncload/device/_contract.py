@@ -213,7 +213,8 @@ class Recipient(Protocol):
     def give(self, address: int) -> bool:
         """Takes the address of the next of what was asked for; on any thread.
 
-        Whether there is no hurry with the one after it: a device that does nothing else meanwhile then pauses.
+        Whether there is one after it, with which there is no hurry: a device that can do nothing else meanwhile may
+        pause then.
         """
         ...
 

@@ -24,7 +24,8 @@ MAX_NAME: Final = (1 << 16) - 1  # the format's limit for keys; for tensors ther
 
 # One unit is about the time in which Python passes over a string, 60 ns: a pause each 0.15 ms or so.
 _UNITS_BETWEEN_PAUSES: Final = 2048
-_STRINGS_AT_ONCE: Final = 1024
+_STRINGS_AT_ONCE: Final = 256
+_BYTES_OF_A_UNIT: Final = 64
 _BYTES_CHECKED_AT_ONCE: Final = 64 << 10
 _UNITS_OF_A_CHECK: Final = 1024
 _BYTES_COPIED_AT_ONCE: Final = 256 << 10
@@ -62,8 +63,8 @@ class Reader:
                 self._pause()
 
     def append(self, data: memoryview) -> None:
-        """Takes the next bytes of the file, up to its size."""
-        data = data[: self.size - len(self.buffer)]
+        """Takes the next bytes of the file, up to its size, and no more than a header may have."""
+        data = data[: min(self.size, _MAX_HEADER) - len(self.buffer)]
         for at in range(0, len(data), _BYTES_COPIED_AT_ONCE):
             piece = data[at : at + _BYTES_COPIED_AT_ONCE]
             self.buffer += piece
@@ -115,12 +116,13 @@ class Reader:
         while True:
             try:
                 value, self.position = read(start, *arguments)
-            except Missing as missing:
-                self.position = missing.position
-                yield from self.need(*missing.announced)
-                self.position = start
+            except Missing as error:
+                missing = error.position, error.announced  # what is raised next has nothing to do with it
             else:
                 return value
+            self.position, announced = missing
+            yield from self.need(*announced)
+            self.position = start
 
     def string_at(self, at: int, what: str, limit: int) -> tuple[str, int]:
         """A string of at most ``limit`` bytes, and where it ends; raises ``Missing``."""
@@ -160,12 +162,14 @@ class Reader:
         while passed < count:
             yield from self.need(LENGTH.size, "a string's length")
             most = min(_STRINGS_AT_ONCE, count - passed)
-            done, self.position, last, marked = skip_strings(self.buffer, self.position, passed, most, MARK_EVERY)
+            start = self.position
+            done, self.position, last, marked = skip_strings(self.buffer, start, passed, most, MARK_EVERY)
             if self.position > self.size:
                 raise self.truncated("a string in an array reaches past the end of the file", last)
             marks.frombytes(marked)
             passed += done
-            self.work(int(done * UNITS_OF_A_STRING))
+            nbytes = min(self.position, len(self.buffer)) - start  # long strings lie in pages that few have touched
+            self.work(max(int(done * UNITS_OF_A_STRING), nbytes // _BYTES_OF_A_UNIT))
         yield from self.need(0, "an array of strings")
         return marks
 

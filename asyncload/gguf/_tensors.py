@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import prod
 from operator import attrgetter
 from typing import Final, NamedTuple
@@ -43,17 +43,16 @@ def read_entries(reader: Reader, count: int, *, strict: bool) -> Steps[dict[str,
     entries: dict[str, Entry] = {}
     longest = _MAX_NAME_STRICT if strict else MAX_NAME
     for _ in range(count):
-        at = reader.position
-        entry = yield from reader.retry(_entry, reader, longest)
-        if entry.name in entries:
-            raise reader.error(f"tensor {quote(entry.name)} is there twice", at)
+        entry = yield from reader.retry(_entry, reader, longest, entries)
         entries[entry.name] = entry
         reader.work(_UNITS_OF_AN_ENTRY)
     return entries
 
 
-def _entry(at: int, reader: Reader, longest: int) -> tuple[Entry, int]:
-    name, at = reader.name_at(at, "a tensor's name", longest)
+def _entry(begin: int, reader: Reader, longest: int, known: Container[str]) -> tuple[Entry, int]:
+    name, at = reader.name_at(begin, "a tensor's name", longest)
+    if name in known:
+        raise reader.error(f"tensor {quote(name)} is there twice", begin)
     buffer = reader.buffer
     if at + _UINT32.size > len(buffer):
         raise Missing(at, _UINT32.size, "a number of dimensions")

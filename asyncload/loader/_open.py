@@ -176,8 +176,8 @@ class Pause:
 
     It sleeps long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the loop is
     often back first. The next one comes after half a millisecond of work. Where another thread does not give the lock
-    back before the interpreter makes it, the next one, of this loop or of one that begins soon after, comes after as
-    much work as this one took.
+    back before the interpreter makes it, the next one comes after as much work as this one took, and the first one of a
+    loop that begins soon after when the interpreter would make it give the lock up.
     """
 
     _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one

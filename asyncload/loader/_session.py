@@ -93,7 +93,7 @@ class Session(Sink):
     def begin(self) -> None:
         """Allocates device memory for the tensors that have none, which may be moved as they get it; blocks.
 
-        It makes the tensors, too, so that at the end nothing is left to do for them.
+        It makes the tensors, too, of which there is nothing left to do at the end.
         """
         assert self.transfer is not None
         everything = range(len(self.plan.tensors))

@@ -13,7 +13,7 @@ from asyncload.plan._kv_cache import KVCache, kv_cache
 from asyncload.plan._load import PACKED, DtypeSpec
 from asyncload.plan._metadata import ArchitectureMetadata
 from asyncload.plan._shape import ModelShape
-from asyncload.plan._weights import PrefillDtype, Weights, count_weights
+from asyncload.plan._weights import PrefillDtype, Weights, allocated_nbytes, count_weights
 from asyncload.plan._workspace import workspace_nbytes
 
 __all__ = ["MODES", "Mode", "Needs", "Request", "count_needs"]
@@ -74,7 +74,7 @@ class Needs:
         kept = [self.weights.layers[number] for number in resident]
         return {
             "weights": self.weights.always_nbytes + sum(layer.resident_nbytes + layer.prefill_nbytes for layer in kept),
-            "slots": slots * self.slot_nbytes(frozenset(resident)),
+            "slots": allocated_nbytes(self.weights.device, [self.slot_nbytes(frozenset(resident))] * slots),
             "scratch": self.weights.scratch,
             "kv_cache": self.kv.nbytes,
             "workspace": self.workspace,

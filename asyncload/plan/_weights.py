@@ -22,6 +22,7 @@ __all__ = [
     "LayerPlan",
     "PrefillDtype",
     "Weights",
+    "allocated_nbytes",
     "count_weights",
     "prefill_copy",
 ]
@@ -60,8 +61,9 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The tensors that are no layer's, the layers by number, and the ``scratch`` bytes in which a device decodes."""
+    """A model's tensors that are no layer's, its layers by number, and the bytes of ``scratch`` on the ``device``."""
 
+    device: DeviceKind
     always: LoadPlan
     always_nbytes: int
     layers: Mapping[int, LayerPlan]
@@ -91,15 +93,16 @@ def count_weights(
         number = tensor.info.layer
         (always if number is None else layers[number]).append(tensor)
     return Weights(
+        device=device,
         always=LoadPlan(tuple(always), plan.chunk_size),
-        always_nbytes=_resident(device, [tensor.nbytes for tensor in always]),
+        always_nbytes=allocated_nbytes(device, [tensor.nbytes for tensor in always]),
         layers=MappingProxyType(
             {
                 number: _layer(number, LoadPlan(tuple(layers[number]), plan.chunk_size), prefill, device)
                 for number in layers
             }
         ),
-        scratch=options.scratch if plan.kernels(Decode.DEVICE) else 0,
+        scratch=allocated_nbytes(device, [options.chunk_size] * options.streams) if plan.kernels(Decode.DEVICE) else 0,
     )
 
 
@@ -118,7 +121,7 @@ def prefill_copy(shape: tuple[int, ...], nbytes: int, prefill: PrefillDtype) -> 
 def _layer(number: int, load: LoadPlan, prefill: PrefillDtype | None, device: DeviceKind) -> LayerPlan:
     *offsets, end = accumulate((_align(tensor.nbytes) for tensor in load.tensors), initial=0)
     copies = [prefill_copy(t.info.shape, t.nbytes, prefill) for t in load.tensors] if prefill else []
-    resident = _resident(device, [tensor.nbytes for tensor in load.tensors])
+    resident = allocated_nbytes(device, [tensor.nbytes for tensor in load.tensors])
     return LayerPlan(number, load, tuple(offsets), end, load.upload_nbytes, resident, sum(copies))
 
 
@@ -127,17 +130,18 @@ def _of_shape(shape: ModelShape, prefill: PrefillDtype | None, device: DeviceKin
     sizes = [math.ceil(math.prod(tensor) * shape.bytes_per_weight) for tensor in shape.layer_shapes.values()]
     tensors = zip(shape.layer_shapes.values(), sizes, strict=True)
     copies = [prefill_copy(tensor, size, prefill) for tensor, size in tensors] if prefill else []
-    layer = empty, (), sum(map(_align, sizes)), sum(sizes), _resident(device, sizes), sum(copies)
+    layer = empty, (), sum(map(_align, sizes)), sum(sizes), allocated_nbytes(device, sizes), sum(copies)
     others = [math.ceil(math.prod(tensor) * shape.bytes_per_weight) for tensor in shape.other_shapes.values()]
     return Weights(
+        device=device,
         always=empty,
-        always_nbytes=_resident(device, others),
+        always_nbytes=allocated_nbytes(device, others),
         layers=MappingProxyType({number: LayerPlan(number, *layer) for number in range(shape.layers)}),
     )
 
 
-def _resident(device: DeviceKind, sizes: Iterable[int]) -> int:
-    """What tensors of these sizes take of a device, each with an allocation of its own."""
+def allocated_nbytes(device: DeviceKind, sizes: Iterable[int]) -> int:
+    """What allocations of these sizes take of a device."""
     return sum(
         -(-size // ALLOCATION_BLOCK) * ALLOCATION_BLOCK
         if device == "cuda" and size > ALLOCATION_BLOCK // 2

@@ -25,8 +25,10 @@ bool Admission::give(Address address) {
     const bool last = end == targets_.size();
     if (!last && groups[end] == groups[admitted_]) return false;  // the next one shares a chunk with it
     const std::uint32_t below = last ? std::ranges::max(groups) + 1 : groups[end];
-    const std::size_t first = std::exchange(admitted_, end);
-    return engine_->admit(*job_, below, first, std::span(targets_).subspan(first, end - first));
+    const auto targets = std::span(targets_).subspan(admitted_, end - admitted_);
+    const bool others = engine_->admit(*job_, below, admitted_, targets);
+    admitted_ = end;
+    return others && !last;
 }
 
 }  // namespace asyncload

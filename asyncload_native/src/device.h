@@ -87,7 +87,7 @@ class Stream {
 class Recipient {
   public:
     virtual ~Recipient() = default;
-    // Takes the address of the next of what was asked for; whether there is no hurry with the one after it.
+    // Takes the address of the next of what was asked for; whether there is one after it, with which there is no hurry.
     virtual bool give(Address address) = 0;
 };
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from asyncload.errors import FormatError
-from asyncload.gguf import GGMLType, Header, HeaderParser, TensorInfo, ValueType
+from asyncload.gguf import GGMLType, Header, HeaderParser, TensorInfo, ValueType, _reader
 from asyncload.testing import Typed, encode_header, lay_out
-from tests.attacks.attacks import U32, gguf, pair, tensor, uint, valid
+from tests.attacks.attacks import ARRAY, STRING, U32, array, gguf, pair, string, tensor, uint, valid
 
 
 def parse(data: bytes, *, strict: bool = False) -> Header:
@@ -167,3 +167,37 @@ def test_an_error_in_the_pause_ends_the_parser() -> None:
         with pytest.raises(KeyboardInterrupt):
             parser.feed(data)
     assert parser.header is None
+
+
+def test_an_error_has_nothing_else_behind_it() -> None:
+    for cut in (gguf([string(b"key", 400)]), gguf(tensors=[tensor()[:-4]], n_tensors=1)):
+        with pytest.raises(FormatError) as caught:
+            parse(cut)
+        assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+def test_no_header_is_larger_than_the_limit_however_it_comes(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    data = gguf(tensors=[tensor(b"%d" % index * 20, offset=32 * index) for index in range(9)], data=bytes(9 * 32))
+    assert len(parse(data).tensors) == 9
+    monkeypatch.setattr(_reader, "_MAX_HEADER", 300)
+    parser = HeaderParser(len(data))
+    with pytest.raises(FormatError, match="makes the header larger than 300 bytes"):
+        for at in range(0, len(data), piece):
+            parser.feed(data[at : at + piece])
+
+
+def test_a_tensor_that_is_there_twice_is_told_by_its_name() -> None:
+    data = gguf(tensors=[tensor(b"twice"), tensor(b"twice", dimensions=9)])
+    with pytest.raises(FormatError, match="'twice' is there twice"):
+        parse(data)
+
+
+def test_long_strings_are_more_work_than_short_ones() -> None:
+    def pauses(length: int) -> int:
+        calls: list[None] = []
+        data = gguf([pair(b"k", ARRAY, array(STRING, 1000, string(bytes(length)) * 1000))])
+        HeaderParser(len(data), pause=lambda: calls.append(None)).feed(data)
+        return len(calls)
+
+    assert pauses(4000) > 10 * max(pauses(10), 1)

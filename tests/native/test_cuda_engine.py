@@ -137,6 +137,18 @@ def test_there_is_no_hurry_with_more_memory_while_chunks_wait_for_a_thread(loads
     assert ended(job)
 
 
+def test_nor_is_there_with_none(loads: Loads, engine: Engine) -> None:
+    from asyncload_native import Admission
+
+    job, targets = loads.begin(engine, admit=False, sizes=[1_000_000] * 2)
+    admission = Admission(engine, job, np.array(targets, np.uint64), range(2))
+    loads.cuda.hold(True)
+    assert not admission.give(targets[0])
+    assert not admission.give(targets[1])  # although chunks wait: it was the last
+    loads.cuda.hold(False)
+    assert ended(job)
+
+
 @pytest.mark.parametrize("known", [(), (0,), (1, 3), (len(SIZES) - 1,)])
 def test_tensors_are_moved_as_they_are_allocated(loads: Loads, engine: Engine, known: Sequence[int]) -> None:
     from asyncload_native import Admission

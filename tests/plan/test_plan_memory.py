@@ -48,7 +48,7 @@ CACHE = 2048 * 28 * 2 * 256 * 2
 
 
 def in_blocks(*weights: int) -> int:
-    """What large tensors of float32 take, each with an allocation of its own."""
+    """What so many of float32 take on a GPU, each number with a large allocation of its own."""
     return sum(-(-4 * count // (2 << 20)) * (2 << 20) for count in weights)
 
 
@@ -64,7 +64,7 @@ class TestQwen2:
         assert estimate_layer(QWEN2_1_5B) == 4 * LAYER
         assert 150_000_000 < 4 * LAYER < 250_000_000
         assert streaming < full / 2
-        assert full - streaming == 28 * RESIDENT - 2 * 4 * LAYER
+        assert full - streaming == 28 * RESIDENT - 2 * in_blocks(LAYER)
 
     def test_all_of_it_fits_12_gb(self) -> None:
         plan = plan_memory(QWEN2_1_5B, free=12_000_000_000)
@@ -76,7 +76,7 @@ class TestQwen2:
         plan = plan_memory(QWEN2_1_5B, free=2 << 30)
         assert (plan.mode, plan.resident) == ("hybrid", (7, 21))
         assert plan.breakdown["weights"] == in_blocks(EMBEDDING) + 4 * 1536 + 2 * RESIDENT
-        assert (plan.slots, plan.slot_nbytes, plan.breakdown["slots"]) == (2, 4 * LAYER, 2 * 4 * LAYER)
+        assert (plan.slots, plan.slot_nbytes, plan.breakdown["slots"]) == (2, 4 * LAYER, 2 * in_blocks(LAYER))
         assert plan.breakdown["kv_cache"] == CACHE
         assert plan.sweep_nbytes == 26 * 4 * LAYER
 
