@@ -422,8 +422,8 @@ class Admission(Recipient):
 
     def give(self, address: int) -> bool:
         """
-        The memory of the next one; whether there is one after it, with which there is no hurry, as the engine has
-        enough to do. Raises IndexError where all have theirs.
+        The memory of the next one; whether there is one after it, with which there is no hurry, while chunks
+        wait for a thread. Raises IndexError where all have theirs.
         """
 
     @property

@@ -558,9 +558,8 @@ void bind_admission(nb::module_& module) {
                 return admission.give(address);
             },
             "address"_a,
-            "The memory of the next one; whether there is one after it, with which there is no hurry, as the engine "
-            "has\n"
-            "enough to do. Raises IndexError where all have theirs.")
+            "The memory of the next one; whether there is one after it, with which there is no hurry, while chunks\n"
+            "wait for a thread. Raises IndexError where all have theirs.")
         .def_prop_ro("admitted", &Admission::admitted, "How many tensors the engine knows the targets of.");
 }
 
