@@ -153,8 +153,8 @@ class File:
     def open(path: bytes, head: int, patience: float = ...) -> tuple[File, bytes]:
         """
         Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises
-        ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience`` seconds
-        at most.
+        ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience``
+        seconds at most.
         """
 
     def read(self, offset: int, buffer: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:

@@ -99,11 +99,11 @@ class _Shown:
     def _purposes(self) -> str:
         plan = self.plan
         cache = f"{plan.context:,} tokens" + ("" if plan.kv_exact else ", an upper bound")
-        weights = "with what rounding up to blocks adds" if self.device.startswith("cuda") else ""
+        weights = ["with what rounding up to blocks adds"] if self.device.startswith("cuda") else []
         if plan.prefill_nbytes:
-            weights += f"{', ' if weights else ''}{format_size(plan.prefill_nbytes)} of them copies for prefill"
+            weights.append(f"{format_size(plan.prefill_nbytes)} of them copies for prefill")
         notes = {
-            "weights": weights,
+            "weights": ", ".join(weights),
             "slots": f"{plan.slots} of {plan.slot_nbytes:,}" if plan.slots else "",
             "kv_cache": cache,
             "workspace": "an upper bound",

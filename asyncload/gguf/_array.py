@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, overload
 
 from asyncload.errors import FormatError
+from asyncload.gguf._strings import LENGTH, skip_strings
 from asyncload.gguf._types import ValueType
 
 __all__ = ["ELEMENT_FORMATS", "MARK_EVERY", "Array", "Scalar"]
@@ -30,8 +31,6 @@ ELEMENT_FORMATS: Final = {
 
 # Strings have no fixed size: the parser keeps the position of every 64th, and an item is found from there.
 MARK_EVERY: Final = 64
-
-_LENGTH: Final = struct.Struct("<Q")
 
 
 class Array(Sequence[Scalar]):
@@ -105,13 +104,12 @@ class Array(Sequence[Scalar]):
         return list(struct.unpack_from(f"<{high - low}{letter}", self._buffer, at))
 
     def _decode_strings(self, low: int, high: int) -> list[Scalar]:
-        buffer, at = self._buffer, self._marks[low // MARK_EVERY]
-        for _ in range(low % MARK_EVERY):
-            at += 8 + _LENGTH.unpack_from(buffer, at)[0]
+        buffer, before = self._buffer, low % MARK_EVERY
+        _, at, *_ = skip_strings(buffer, self._marks[low // MARK_EVERY], 0, before, MARK_EVERY)
         items: list[Scalar] = []
         for _ in range(low, high):
-            start = at + 8
-            at = start + _LENGTH.unpack_from(buffer, at)[0]
+            start = at + LENGTH.size
+            at = start + LENGTH.unpack_from(buffer, at)[0]
             try:
                 items.append(buffer[start:at].decode())
             except UnicodeDecodeError as error:

@@ -94,10 +94,7 @@ class Reader:
 
     def take(self, layout: struct.Struct, what: str) -> Steps[tuple[Any, ...]]:
         """Reads numbers."""
-        yield from self.need(layout.size, what)
-        values = layout.unpack_from(self.buffer, self.position)
-        self.position += layout.size
-        return values
+        return (yield from self.retry(self.numbers_at, layout, what))
 
     def string(self, what: str, limit: int = _MAX_HEADER) -> Steps[str]:
         """Reads a string of at most ``limit`` bytes."""
@@ -124,13 +121,17 @@ class Reader:
             yield from self.need(*announced)
             self.position = start
 
+    def numbers_at(self, at: int, layout: struct.Struct, what: str) -> tuple[tuple[Any, ...], int]:
+        """Numbers, and where they end; raises ``Missing``."""
+        end = at + layout.size
+        if end > len(self.buffer):
+            raise Missing(at, layout.size, what)
+        return layout.unpack_from(self.buffer, at), end
+
     def string_at(self, at: int, what: str, limit: int) -> tuple[str, int]:
         """A string of at most ``limit`` bytes, and where it ends; raises ``Missing``."""
         buffer = self.buffer
-        start = at + LENGTH.size
-        if start > len(buffer):
-            raise Missing(at, LENGTH.size, f"{what}'s length")
-        (length,) = LENGTH.unpack_from(buffer, at)
+        (length,), start = self.numbers_at(at, LENGTH, f"{what}'s length")
         if length > limit and length <= self.size - start:
             raise self.error(f"{what} of {length} bytes is longer than {limit}", at)
         end = start + length

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from asyncload.errors import UnsupportedTypeError
 from asyncload.gguf._header import TensorInfo, merge_sorted
-from asyncload.gguf._reader import MAX_NAME, Missing, Reader, Steps, quote
+from asyncload.gguf._reader import MAX_NAME, Reader, Steps, quote
 from asyncload.gguf._types import REMOVED_TYPES, TYPES_BY_ID, GGMLType
 
 __all__ = ["SMALLEST_ENTRY", "Entry", "place", "read_entries"]
@@ -53,19 +53,14 @@ def _entry(begin: int, reader: Reader, longest: int, known: Container[str]) -> t
     name, at = reader.name_at(begin, "a tensor's name", longest)
     if name in known:
         raise reader.error(f"tensor {quote(name)} is there twice", begin)
-    buffer = reader.buffer
-    if at + _UINT32.size > len(buffer):
-        raise Missing(at, _UINT32.size, "a number of dimensions")
-    n_dimensions: int = _UINT32.unpack_from(buffer, at)[0]
+    n_dimensions: int
+    (n_dimensions,), shape_at = reader.numbers_at(at, _UINT32, "a number of dimensions")
     if n_dimensions > _MAX_DIMENSIONS:
         raise reader.error(f"tensor {quote(name)} has {n_dimensions} dimensions, more than {_MAX_DIMENSIONS}", at)
-    at += _UINT32.size
-    layout = _ENTRIES[n_dimensions]
-    end = at + layout.size
-    if end > len(buffer):
-        raise Missing(at, layout.size, "a tensor's shape, type and offset")
-    fields: tuple[int, ...] = layout.unpack_from(buffer, at)
+    fields: tuple[int, ...]
+    fields, end = reader.numbers_at(shape_at, _ENTRIES[n_dimensions], "a tensor's shape, type and offset")
     *dimensions, number, offset = fields
+    at = shape_at
     n_weights = prod(dimensions)
     if n_weights > _MAX_WEIGHTS or (dimensions and min(dimensions) < 1):
         _check_dimensions(reader, name, dimensions, at)

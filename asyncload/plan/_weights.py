@@ -142,13 +142,9 @@ def _of_shape(shape: ModelShape, prefill: PrefillDtype | None, device: DeviceKin
 
 def allocated_nbytes(device: DeviceKind, sizes: Iterable[int]) -> int:
     """What allocations of these sizes take of a device."""
-    return sum(
-        -(-size // ALLOCATION_BLOCK) * ALLOCATION_BLOCK
-        if device == "cuda" and size > ALLOCATION_BLOCK // 2
-        else _align(size)
-        for size in sizes
-    )
+    largest = ALLOCATION_BLOCK // 2 if device == "cuda" else math.inf  # that does not take whole blocks
+    return sum(_align(size, SLOT_ALIGNMENT if size <= largest else ALLOCATION_BLOCK) for size in sizes)
 
 
-def _align(nbytes: int) -> int:
-    return -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+def _align(nbytes: int, alignment: int = SLOT_ALIGNMENT) -> int:
+    return -(-nbytes // alignment) * alignment

@@ -330,9 +330,8 @@ void bind_job(nb::module_& module) {
             },
             "path"_a, "head"_a, "patience"_a = default_patience,
             "Opens a regular file and reads its first bytes, ``head`` of them or all there are, in one go; or raises\n"
-            "ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience`` "
-            "seconds\n"
-            "at most.",
+            "ReadError. A thread of its own does that; the interpreter lock is kept meanwhile, for ``patience``\n"
+            "seconds at most.",
             nb::sig("def open(path: bytes, head: int, patience: float = ...) -> tuple[File, bytes]"))
         .def(
             "read",
