@@ -23,7 +23,7 @@ _POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _CHUNK_SIZES: Final[Mapping[tuple[str, DeviceKind], int]] = {
     ("python", "cuda"): 16 << 20,  # each chunk costs some Python
     ("python", "host"): 4 << 20,
-    ("native", "cuda"): 6 << 20,
+    ("native", "cuda"): 5 << 20,
     ("native", "host"): 4 << 20,
 }
 _BUFFERS: Final = 16
@@ -32,7 +32,7 @@ _MOST_STAGING: Final = 480 << 20
 _THREADS: Final[Mapping[tuple[str, DeviceKind], int]] = {
     ("python", "cuda"): 8,  # more fall behind, as they fill the last-level cache
     ("python", "host"): 8,
-    ("native", "cuda"): 12,  # fewer do where the host is idle; more leave a buffer no time in the cache
+    ("native", "cuda"): 14,  # fewer do where memory is fast; more leave a buffer no time in the cache
     ("native", "host"): 8,
 }
 _STREAMS: Final = 2
@@ -65,12 +65,12 @@ class Options:
 
     ``engine`` moves the bytes: ``"native"``, the C++ threads of ``asyncload_native``, ``"python"``, or ``"auto"``: the
     former where it was built. What is not a local file is always read by the Python engine.
-    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB on the host; 6 MiB, and 16
+    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB on the host; 5 MiB, and 16
     MiB with the Python engine, for CUDA. ``staging`` (bytes) is the budget of all of them, read scratch included, 0 for
     two chunks a thread (native), or 16 chunks, and 480 MiB at most;
     ``decode`` says where blocks become numbers: on the ``"device"``, on the ``"host"`` before they cross the bus, or
     ``"auto"``: on a CUDA device where it has a kernel, else on the host;
-    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8, or 12
+    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8, or 14
     (native, with CUDA);
     ``streams`` the device streams of the Python engine, 0 for two (the native engine has one a thread);
     ``depth`` the chunks that may be under way on one of these; ``retries`` how often a read that failed for a passing

@@ -36,6 +36,7 @@ from asyncload_native._native import (
     read,
     skip_strings,
     unavailable,
+    unmap,
     version,
 )
 
@@ -71,5 +72,6 @@ __all__ = [
     "read",
     "skip_strings",
     "unavailable",
+    "unmap",
     "version",
 ]

@@ -315,6 +315,11 @@ def skip_strings(buffer: bytearray, position: int, first: int, count: int, every
     buffer if that is not all there, its own, and as 64-bit numbers those of each ``every``-th.
     """
 
+def unmap(address: int, nbytes: int) -> None:
+    """
+    Gives whole pages back to the system, and makes way for other threads now and then.
+    """
+
 class Strategy(enum.Enum):
     """A way of reading."""
 

@@ -7,6 +7,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final
@@ -22,6 +23,12 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+_unmap: Callable[[int, int], object]
+try:
+    from asyncload_native import unmap as _unmap  # makes way for an event loop on the same cores
+except ImportError:
+    _unmap = _libc.munmap
 
 
 class Pages:
@@ -45,7 +52,7 @@ class Pages:
         # What all views stand on: when the last of them goes, so do the pages. Python's own mmap unmaps with the
         # interpreter lock held, which for a few hundred megabytes takes longer than an event loop may wait.
         array = (ctypes.c_char * length).from_address(address)
-        finalizer = weakref.finalize(array, _libc.munmap, address, length)
+        finalizer = weakref.finalize(array, _unmap, address, length)
         finalizer.atexit = False
         self.nbytes = nbytes
         self.address = address

@@ -24,8 +24,8 @@ RunBlocking = Callable[..., Awaitable[Any]]
 
 _FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
-_UNDISTURBED: Final = 0.001  # seconds of work that are not worth a pause
-_BETWEEN_PAUSES: Final = 0.0005  # seconds of work for which others may wait where one was
+_PAUSE: Final = 0.0003  # seconds in which an event loop wakes up and takes the lock, twice for each of its timers
+_BETWEEN_PAUSES: Final = 0.001  # seconds of work for which others may wait
 _BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
 
 
@@ -174,10 +174,11 @@ def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
 class Pause:
     """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
 
-    It sleeps long enough for a thread that waits for the lock to wake up and take it: after 10 microseconds the loop is
-    often back first. The next one comes after half a millisecond of work. Where another thread does not give the lock
-    back before the interpreter makes it, the next one comes after as much work as this one took, and the first one of a
-    loop that begins soon after when the interpreter would make it give the lock up.
+    It sleeps long enough for an event loop that waits for the lock to wake up and do what is due: uvloop gives the lock
+    up between a timer and the task that it wakes, and after a shorter sleep the loop here has it back in between. The
+    first one and the next come after a millisecond of work each. Where another thread does not give the lock back
+    before the interpreter makes it, the next one comes after as much work as this one took, and the first one of a loop
+    that begins soon after when the interpreter would make it give the lock up.
     """
 
     _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
@@ -188,12 +189,12 @@ class Pause:
     def begin(self) -> None:
         """The loop begins now."""
         now = time.perf_counter()
-        self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _UNDISTURBED)
+        self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _BETWEEN_PAUSES)
 
     def __call__(self) -> None:
         begin = time.perf_counter()
         if begin >= self._not_before:
-            time.sleep(1e-4)
+            time.sleep(_PAUSE)
             end = time.perf_counter()
             kept = end - begin >= sys.getswitchinterval()
             Pause._kept_until = end + _BELIEVED if kept else 0.0

@@ -32,6 +32,7 @@
 #include "reader.h"
 #include "reader_choice.h"
 #include "skip_strings.h"
+#include "unmap.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -427,7 +428,7 @@ std::vector<ChunkRow> cut_table(const Table& tensors, std::uint64_t chunk_size) 
     return chunks;
 }
 
-// For tests: the engine cuts and reads by itself.
+// What Python has done here that would take it long; and for tests: the engine cuts and reads by itself.
 void bind_parts(nb::module_& module) {
     module.def(
         "cut", &cut_table, "tensors"_a, "chunk_size"_a,
@@ -448,6 +449,9 @@ void bind_parts(nb::module_& module) {
         "Passes over at most ``count`` strings of a GGUF array, from a position on, as long as their lengths are\n"
         "there; the first has the index ``first``. How many these were, the position behind the last, beyond the\n"
         "buffer if that is not all there, its own, and as 64-bit numbers those of each ``every``-th.");
+
+    module.def("unmap", &unmap, "address"_a, "nbytes"_a, Unlocked(),
+               "Gives whole pages back to the system, and makes way for other threads now and then.");
 
     nb::enum_<Strategy>(module, "Strategy", "A way of reading.")
         .value("PREAD", Strategy::pread)

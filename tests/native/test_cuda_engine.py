@@ -247,7 +247,9 @@ def test_a_thread_that_cannot_attach_is_a_failure_of_what_it_takes(loads: Loads,
     assert ctypes.string_at(targets[0], 1000) == loads.content[:1000]
 
 
-def test_copies_wait_on_the_device_for_what_is_before_them(loads: Loads, engine: Engine) -> None:
+@pytest.fixture
+def busy(loads: Loads) -> Iterator[tuple[Event, Callable[[], None]]]:
+    """An event behind a kernel on somebody's stream, and what ends the kernel."""
     go = threading.Event()
 
     def wait(*_: int) -> int:
@@ -260,14 +262,39 @@ def test_copies_wait_on_the_device_for_what_is_before_them(loads: Loads, engine:
     each = (ctypes.c_void_p * 3)(*(ctypes.addressof(arguments) + 8 * index for index in range(3)))
     assert loads.cuda.call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, stream, ctypes.byref(each), 0) == 0
     loads.cuda.call("cuEventRecord", event, stream)
-    job, targets = loads.begin(engine, after=[loads.device.adopt_event(event)])
-    until(lambda: loads.cuda.calls("cuEventRecord") == 1 + BUFFERS)
-    assert ctypes.string_at(targets[0], 16) == b"\xa5" * 16
+    yield loads.device.adopt_event(event), go.set
     go.set()
-    assert ended(job)
-    assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
+    loads.cuda.call("cuStreamSynchronize", stream)
     loads.cuda.call("cuEventDestroy_v2", event)
     loads.cuda.call("cuStreamDestroy_v2", stream)
+
+
+def test_copies_wait_on_the_device_for_what_is_before_them(
+    loads: Loads, engine: Engine, busy: tuple[Event, Callable[[], None]]
+) -> None:
+    event, end = busy
+    job, targets = loads.begin(engine, after=[event])
+    until(lambda: loads.cuda.calls("cuEventRecord") == 1 + BUFFERS)
+    assert ctypes.string_at(targets[0], 16) == b"\xa5" * 16
+    end()
+    assert ended(job)
+    assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
+
+
+def test_copies_do_not_wait_for_what_is_before_anothers(
+    loads: Loads, engine: Engine, busy: tuple[Event, Callable[[], None]]
+) -> None:
+    event, end = busy
+    waiting, _ = loads.begin(engine, sizes=[1000], after=[event])
+    until(lambda: loads.cuda.calls("cuEventSynchronize") == 1)  # of the two threads one sleeps until its copy has ended
+    job, targets = loads.begin(engine)
+    assert ended(job)
+    assert [ctypes.string_at(target, size) for target, size in zip(targets, SIZES, strict=True)] == [
+        loads.expected(index) for index in range(len(SIZES))
+    ]
+    assert not waiting.poll().ended
+    end()
+    assert ended(waiting)
 
 
 @pytest.mark.parametrize(

@@ -231,11 +231,21 @@ class TestFailures:
 
         device.fail_copy(number)
         job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double)
-        failure = self.fail(tensors, device, job, Targets(tensors, decode)).failure
+        outcome = self.fail(tensors, device, job, Targets(tensors, decode))
+        failure = outcome.failure
         assert failure is not None
         assert (failure.kind, failure.what) == (FailureKind.COPY, "a copy failed, as a test asked")
+        assert failure.tensor not in outcome.landed
         begin = tensors.offsets[failure.tensor]
         assert begin <= failure.offset < begin + SIZES[failure.tensor]
+
+    def test_a_copy_is_its_own_tensors(self, tensors: Tensors, device: HostDevice) -> None:
+        """Copies of several threads go by one stream."""
+        for _ in range(50):
+            device.fail_copy(4)
+            outcome = self.fail(tensors, device, tensors.job(tensors.open()), Targets(tensors))
+            assert outcome.failure is not None
+            assert outcome.failure.tensor not in outcome.landed
 
     @pytest.mark.parametrize("decode", [ON_HOST, ON_DEVICE])
     @pytest.mark.parametrize("number", [1, 4])
