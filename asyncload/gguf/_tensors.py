@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from asyncload.errors import UnsupportedTypeError
 from asyncload.gguf._header import TensorInfo, merge_sorted
-from asyncload.gguf._reader import MAX_NAME, Reader, Steps, quote
+from asyncload.gguf._reader import MAX_NAME, Missing, Reader, Steps, quote
 from asyncload.gguf._types import REMOVED_TYPES, TYPES_BY_ID, GGMLType
 
 __all__ = ["SMALLEST_ENTRY", "Entry", "place", "read_entries"]
@@ -25,6 +25,7 @@ _UINT32: Final = struct.Struct("<I")
 # By number of dimensions: these, the type, the offset of the data.
 _ENTRIES: Final = tuple(struct.Struct(f"<{n}qiQ") for n in range(_MAX_DIMENSIONS + 1))
 _UNITS_OF_AN_ENTRY: Final = 64
+_ENTRIES_AT_ONCE: Final = 32
 
 
 class Entry(NamedTuple):
@@ -42,11 +43,24 @@ def read_entries(reader: Reader, count: int, *, strict: bool) -> Steps[dict[str,
     """Reads ``count`` entries; with ``strict``, names no longer than ggml's."""
     entries: dict[str, Entry] = {}
     longest = _MAX_NAME_STRICT if strict else MAX_NAME
-    for _ in range(count):
-        entry = yield from reader.retry(_entry, reader, longest, entries)
-        entries[entry.name] = entry
-        reader.work(_UNITS_OF_AN_ENTRY)
+    while (before := len(entries)) < count:
+        most = min(before + _ENTRIES_AT_ONCE, count)
+        yield from reader.retry(_some_entries, reader, longest, entries, most)
+        reader.work(_UNITS_OF_AN_ENTRY * (len(entries) - before))
     return entries
+
+
+def _some_entries(begin: int, reader: Reader, longest: int, entries: dict[str, Entry], most: int) -> tuple[None, int]:
+    """Adds entries until there are ``most`` or the next one is not all there; raises ``Missing`` if none is."""
+    at = begin
+    try:
+        while len(entries) < most:
+            entry, at = _entry(at, reader, longest, entries)
+            entries[entry.name] = entry
+    except Missing:
+        if at == begin:
+            raise
+    return None, at
 
 
 def _entry(begin: int, reader: Reader, longest: int, known: Container[str]) -> tuple[Entry, int]:

@@ -1,5 +1,6 @@
 #include "cuda_device.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <functional>
@@ -11,8 +12,11 @@ namespace asyncload {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+using namespace std::chrono_literals;
+
 // How long who allocates leaves the driver to others, at the least: the kernel adds some 50 microseconds.
-constexpr std::chrono::microseconds allocation_pause{50};
+constexpr auto allocation_pause = 50us;
 
 constexpr unsigned threads_per_group = 256;  // as the kernels are bounded to: asyncload/quant/cuda
 
@@ -21,8 +25,8 @@ class CudaEvent final : public Event {
     using Release = std::function<void(CUevent)>;
 
     // `release` has the event when nobody holds it any more, if it is ours.
-    CudaEvent(std::shared_ptr<const Driver> driver, CUevent event, Release release)
-        : driver_(std::move(driver)), event_(event), release_(std::move(release)) {}
+    CudaEvent(std::shared_ptr<const Driver> driver, CUevent event, bool polled, Release release)
+        : driver_(std::move(driver)), event_(event), polled_(polled), release_(std::move(release)) {}
     ~CudaEvent() override {
         if (release_) release_(event_);
     }
@@ -36,7 +40,14 @@ class CudaEvent final : public Event {
         return true;
     }
 
-    void synchronize() override { driver_->cuEventSynchronize(event_); }
+    void synchronize() override {
+        if (!polled_) {
+            driver_->cuEventSynchronize(event_);
+            return;
+        }
+        for (const auto begin = Clock::now(); !done();)
+            std::this_thread::sleep_for(std::clamp<Clock::duration>((Clock::now() - begin) / 8, 20us, 1ms));
+    }
 
     double seconds_since(Event& earlier) override {
         float milliseconds = 0;
@@ -51,6 +62,7 @@ class CudaEvent final : public Event {
   private:
     const std::shared_ptr<const Driver> driver_;
     const CUevent event_;
+    const bool polled_;  // made so that the device interrupts nobody when it passes
     const Release release_;
 };
 
@@ -152,7 +164,7 @@ class CudaDevice::EventPool : public std::enable_shared_from_this<EventPool> {
             const std::lock_guard lock(pool->mutex_);
             pool->free_[timing].push_back(event);
         };
-        return std::make_shared<CudaEvent>(context_->driver, find(timing), std::move(release));
+        return std::make_shared<CudaEvent>(context_->driver, find(timing), !timing, std::move(release));
     }
 
   private:
@@ -165,8 +177,8 @@ class CudaDevice::EventPool : public std::enable_shared_from_this<EventPool> {
                 return event;
             }
         }
-        CUevent event = nullptr;  // whoever waits for it sleeps
-        driver().cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC | (timing ? 0 : CU_EVENT_DISABLE_TIMING));
+        CUevent event = nullptr;
+        driver().cuEventCreate(&event, timing ? CU_EVENT_BLOCKING_SYNC : CU_EVENT_DISABLE_TIMING);
         return event;
     }
 
@@ -246,7 +258,7 @@ std::shared_ptr<Event> CudaDevice::make_event(bool timing) {
 }
 
 std::shared_ptr<Event> CudaDevice::adopt_event(std::uint64_t handle) {
-    return std::make_shared<CudaEvent>(context_->driver, reinterpret_cast<CUevent>(handle), nullptr);
+    return std::make_shared<CudaEvent>(context_->driver, reinterpret_cast<CUevent>(handle), false, nullptr);
 }
 
 CudaDevice::Answer<CudaDevice::Begun> CudaDevice::begin_work(std::uint64_t stream,

@@ -97,6 +97,8 @@ class Device : public std::enable_shared_from_this<Device> {
     // Makes it the calling thread's; cheap when it is already.
     virtual void attach() = 0;
     virtual std::unique_ptr<Stream> open_stream() = 0;
+    // One without timing is what many copies a millisecond are waited for by: where the device would interrupt the host
+    // for each, the host looks for itself, more seldom the longer it waits.
     virtual std::shared_ptr<Event> make_event(bool timing) = 0;
     // An event of somebody else's, by its handle, that streams can wait for as long as its owner keeps it.
     virtual std::shared_ptr<Event> adopt_event(std::uint64_t handle) = 0;

@@ -26,27 +26,12 @@ double since(Clock::time_point begin) {
 
 }  // namespace
 
-// A stream, and who may enqueue: whoever copies out of a buffer keeps others out until the event behind is recorded,
-// which so tells of that copy alone.
-struct Engine::Queue {
-    explicit Queue(Device& device) : stream(device.open_stream()) {}
-
-    // Waits for all that is on it, whatever becomes of it.
-    void drain() {
-        const std::lock_guard lock(mutex);
-        stream->drain();
-    }
-
-    std::mutex mutex;
-    const std::unique_ptr<Stream> stream;
-};
-
 // A chunk on its way behind the buffer.
 struct Engine::Flight {
     Task task;
     Clock::time_point begin;  // of enqueuing
     std::uint64_t nbytes;     // that leave the buffer
-    Queue* queue;             // that has it; then the buffer is in use until the event has passed
+    bool enqueued;            // the buffer is in use until the event has passed
     std::optional<Failure> failure;
     std::shared_ptr<Event> begun;  // where the job is timed
     std::shared_ptr<Event> event;  // behind it
@@ -62,7 +47,7 @@ struct Engine::Lane {
 class Engine::Worker {
   public:
     Worker(Engine& engine, std::uint32_t index, std::byte* buffers, std::uint32_t count)
-        : engine_(engine), device_(*engine.device_), index_(index), own_(device_) {
+        : engine_(engine), device_(*engine.device_), index_(index), stream_(device_.open_stream()) {
         const std::uint64_t size = engine.options_.chunk_size;
         for (std::uint32_t lane = 0; lane < count; ++lane)
             lanes_.push_back({{buffers + lane * size, size}, device_.make_event(false), std::nullopt});
@@ -94,7 +79,7 @@ class Engine::Worker {
         const Chunk& chunk = *task.chunk;
         const std::span segments(&job.cut_.segments[chunk.first_segment], chunk.n_segments);
         const std::uint32_t tensor = segments.front().tensor;
-        Flight flight{task, {}, 0, nullptr, std::nullopt, nullptr, lane.event};
+        Flight flight{task, {}, 0, false, std::nullopt, nullptr, lane.event};
         auto kind = Failure::Kind::device;
         try {
             device_.attach();
@@ -113,7 +98,15 @@ class Engine::Worker {
         } catch (const std::exception& error) {
             flight.failure = describe(of_device(error), kind, task);
         }
-        if (flight.queue == nullptr) return land(std::move(flight));
+        if (!flight.enqueued) return land(std::move(flight));
+        try {
+            if (flight.begun) flight.event = device_.make_event(true);
+            stream_->record(*flight.event);  // also after a failure: what was enqueued uses the buffer
+        } catch (const DeviceError& error) {
+            if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, task);
+            stream_->drain();
+            flight.event = nullptr;  // it says nothing of this
+        }
         lane.flight = std::move(flight);
     }
 
@@ -192,71 +185,35 @@ class Engine::Worker {
         return true;
     }
 
-    // Copies in place, or enqueues copies and kernels.
+    // Enqueues copies and kernels, or copies in place.
     void upload(const Lane& lane, Job& job, std::span<const Segment> segments, std::span<std::byte> bytes,
                 bool in_place, Flight& flight) {
         flight.begin = Clock::now();
-        bool copies = false, decodes = false;
+        if (job.begun_[index_] == 0) {
+            for (const auto& event : job.after_) stream_->wait(*event);
+            job.begun_[index_] = 1;
+        }
+        if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true)));
         for (const Segment& segment : segments) {
             if (segment.target_nbytes == 0) continue;
             const TensorWork& tensor = job.tensors_[segment.tensor];
+            const Address target = job.targets_[segment.tensor] + segment.target_offset;
+            const std::byte* const source = &lane.buffer[segment.upload_offset];
             if (tensor.decode == Decode::device) {
-                decodes = true;
+                const Address packed = job.scratch_[index_] + segment.source_offset;
+                flight.enqueued = true;
+                stream_->upload(packed, source, segment.upload_nbytes);
+                stream_->decode(tensor.kernel, packed, target,
+                                static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes));
             } else if (!in_place) {
-                copies = true;
+                flight.enqueued = true;
+                stream_->upload(target, source, segment.upload_nbytes);
             } else if (tensor.decode == Decode::none && bytes.data() == lane.buffer.data()) {
-                std::copy_n(&lane.buffer[segment.upload_offset], segment.upload_nbytes,
-                            pointer(job.targets_[segment.tensor] + segment.target_offset));
+                std::copy_n(source, segment.upload_nbytes, pointer(target));
             }
             flight.nbytes += segment.upload_nbytes;
         }
-        // One stream for all threads, from which the copy engine takes the next copy without a gap; the thread's own
-        // where copies wait for others' work, or kernels come between them, or the job is timed.
-        if (decodes || (copies && (!job.after_.empty() || job.timed_)))
-            enqueue(own_, lane, job, segments, in_place, flight);
-        else if (copies)
-            enqueue(*engine_.copies_, lane, job, segments, in_place, flight);
         job.spans_.note(Span::What::enqueue, index_, segments.front().tensor, flight.begin);
-    }
-
-    // Enqueues what is not in place, and the event behind it.
-    void enqueue(Queue& queue, const Lane& lane, Job& job, std::span<const Segment> segments, bool in_place,
-                 Flight& flight) {
-        const std::lock_guard lock(queue.mutex);
-        Stream& stream = *queue.stream;
-        try {
-            if (&queue == &own_ && job.begun_[index_] == 0) {
-                for (const auto& event : job.after_) stream.wait(*event);
-                job.begun_[index_] = 1;
-            }
-            if (job.timed_) stream.record(*(flight.begun = device_.make_event(true)));
-            for (const Segment& segment : segments) {
-                const TensorWork& tensor = job.tensors_[segment.tensor];
-                if (segment.target_nbytes == 0 || (in_place && tensor.decode != Decode::device)) continue;
-                const Address target = job.targets_[segment.tensor] + segment.target_offset;
-                const std::byte* const source = &lane.buffer[segment.upload_offset];
-                flight.queue = &queue;
-                if (tensor.decode == Decode::device) {
-                    const Address packed = job.scratch_[index_] + segment.source_offset;
-                    stream.upload(packed, source, segment.upload_nbytes);
-                    stream.decode(tensor.kernel, packed, target,
-                                  static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes));
-                } else {
-                    stream.upload(target, source, segment.upload_nbytes);
-                }
-            }
-        } catch (const std::exception& error) {
-            flight.failure = describe(of_device(error), Failure::Kind::copy, flight.task);
-        }
-        if (flight.queue == nullptr) return;
-        try {
-            if (flight.begun) flight.event = device_.make_event(true);
-            stream.record(*flight.event);  // also after a failure: what was enqueued uses the buffer
-        } catch (const DeviceError& error) {
-            if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, flight.task);
-            stream.drain();
-            flight.event = nullptr;  // it says nothing of this
-        }
     }
 
     // Waits for a lane's work, and reports it.
@@ -270,7 +227,7 @@ class Engine::Worker {
             if (flight.event) flight.event->synchronize();
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, flight.task);
-            flight.queue->drain();
+            stream_->drain();
         }
         job.spans_.note(Span::What::await_copies, index_, tensor, begin);
         if (flight.begun && flight.event) {
@@ -285,7 +242,7 @@ class Engine::Worker {
         {
             Job& job = *flight.task.job;
             const std::lock_guard lock(job.mutex_);
-            if (flight.queue != nullptr) {
+            if (flight.enqueued) {
                 const auto end = Clock::now(), begin = std::max(flight.begin, job.uploading_until_);
                 if (end > begin) job.times_.upload += std::chrono::duration<double>(end - begin).count();
                 job.uploading_until_ = std::max(job.uploading_until_, end);
@@ -334,14 +291,13 @@ class Engine::Worker {
     const std::uint32_t index_;
     Readers readers_;
     std::vector<Lane> lanes_;
-    Queue own_;  // its stream ends its work before the lanes' events go
+    const std::unique_ptr<Stream> stream_;  // ends its work before the lanes' events go
     std::size_t next_ = 0;
 };
 
 Engine::Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& options)
     : device_(std::move(device)), options_(options) {
     device_->attach();
-    copies_ = std::make_unique<Queue>(*device_);
     std::uint32_t first = 0;
     for (std::uint32_t index = 0; index < options_.threads; ++index) {  // shares differ by one at most
         const std::uint32_t end = options_.buffers * (index + 1) / options_.threads;
@@ -437,7 +393,6 @@ void Engine::close() {
         device_->attach();
     } catch (const DeviceError&) {  // then there is no context to give anything back to
     }
-    copies_.reset();
     workers_.clear();
 }
 

@@ -18,9 +18,8 @@
 
 namespace asyncload {
 
-// Threads over one device and one ring of staging buffers. Each thread owns its share of the buffers, for each of these
-// an event, and a stream; plain copies go by a stream that all share. It reads into one buffer while the other's copy
-// is under way, and waits for nobody else.
+// Threads over one device and one ring of staging buffers. Each thread owns a stream, its share of the buffers, and for
+// each of these an event: it reads into one while the other's copy is under way, and waits for nobody else.
 class Engine {
   public:
     struct Options {
@@ -56,7 +55,6 @@ class Engine {
     void close();
 
   private:
-    struct Queue;
     struct Flight;
     struct Lane;
     class Worker;
@@ -83,7 +81,6 @@ class Engine {
     std::condition_variable changed_;
     std::deque<std::shared_ptr<Job>> jobs_;  // that have not ended
     bool closing_ = false;
-    std::unique_ptr<Queue> copies_;
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<std::thread> threads_;
 };

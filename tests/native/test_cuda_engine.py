@@ -182,6 +182,7 @@ def test_bytes_arrive(loads: Loads, engine: Engine, timed: bool) -> None:
     job, targets = loads.begin(engine, timed=timed)
     assert ended(job)
     assert job.poll().failure is None
+    assert (loads.cuda.calls("cuEventSynchronize") > 0) == timed  # no interrupt for each chunk
     for index, (address, size) in enumerate(zip(targets, SIZES, strict=True)):
         assert ctypes.string_at(address, size) == loads.expected(index)
 
@@ -204,7 +205,7 @@ def test_what_the_device_decodes_is_whole(loads: Loads, engine: Engine) -> None:
         assert np.array_equal(found, np.broadcast_to(packed, found.shape))
 
 
-@pytest.mark.parametrize("function", ["cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventSynchronize", "work"])
+@pytest.mark.parametrize("function", ["cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventQuery", "work"])
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_a_failure_of_the_driver_ends_the_job_with_its_name(
     loads: Loads, engine: Engine, function: str, nth: int
@@ -226,7 +227,7 @@ def test_a_job_that_is_cancelled_ends_behind_its_copies(loads: Loads, engine: En
         assert loads.cuda.call("cuMemFree_v2", address) == 0
 
 
-@pytest.mark.parametrize("function", ["cuEventRecord", "cuEventSynchronize"])
+@pytest.mark.parametrize("function", ["cuEventRecord", "cuEventQuery"])
 def test_a_job_whose_event_fails_ends_behind_its_copies(loads: Loads, engine: Engine, function: str) -> None:
     loads.cuda.hold(True)
     loads.cuda.fail(function, UNKNOWN)
@@ -247,9 +248,7 @@ def test_a_thread_that_cannot_attach_is_a_failure_of_what_it_takes(loads: Loads,
     assert ctypes.string_at(targets[0], 1000) == loads.content[:1000]
 
 
-@pytest.fixture
-def busy(loads: Loads) -> Iterator[tuple[Event, Callable[[], None]]]:
-    """An event behind a kernel on somebody's stream, and what ends the kernel."""
+def test_copies_wait_on_the_device_for_what_is_before_them(loads: Loads, engine: Engine) -> None:
     go = threading.Event()
 
     def wait(*_: int) -> int:
@@ -262,39 +261,14 @@ def busy(loads: Loads) -> Iterator[tuple[Event, Callable[[], None]]]:
     each = (ctypes.c_void_p * 3)(*(ctypes.addressof(arguments) + 8 * index for index in range(3)))
     assert loads.cuda.call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, stream, ctypes.byref(each), 0) == 0
     loads.cuda.call("cuEventRecord", event, stream)
-    yield loads.device.adopt_event(event), go.set
-    go.set()
-    loads.cuda.call("cuStreamSynchronize", stream)
-    loads.cuda.call("cuEventDestroy_v2", event)
-    loads.cuda.call("cuStreamDestroy_v2", stream)
-
-
-def test_copies_wait_on_the_device_for_what_is_before_them(
-    loads: Loads, engine: Engine, busy: tuple[Event, Callable[[], None]]
-) -> None:
-    event, end = busy
-    job, targets = loads.begin(engine, after=[event])
+    job, targets = loads.begin(engine, after=[loads.device.adopt_event(event)])
     until(lambda: loads.cuda.calls("cuEventRecord") == 1 + BUFFERS)
     assert ctypes.string_at(targets[0], 16) == b"\xa5" * 16
-    end()
+    go.set()
     assert ended(job)
     assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
-
-
-def test_copies_do_not_wait_for_what_is_before_anothers(
-    loads: Loads, engine: Engine, busy: tuple[Event, Callable[[], None]]
-) -> None:
-    event, end = busy
-    waiting, _ = loads.begin(engine, sizes=[1000], after=[event])
-    until(lambda: loads.cuda.calls("cuEventSynchronize") == 1)  # of the two threads one sleeps until its copy has ended
-    job, targets = loads.begin(engine)
-    assert ended(job)
-    assert [ctypes.string_at(target, size) for target, size in zip(targets, SIZES, strict=True)] == [
-        loads.expected(index) for index in range(len(SIZES))
-    ]
-    assert not waiting.poll().ended
-    end()
-    assert ended(waiting)
+    loads.cuda.call("cuEventDestroy_v2", event)
+    loads.cuda.call("cuStreamDestroy_v2", stream)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +298,6 @@ DRIVER_CALLS = (
     "cuStreamDestroy_v2",
     "cuEventCreate",
     "cuEventRecord",
-    "cuEventSynchronize",
     "cuEventDestroy_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuLaunchKernel",
@@ -332,6 +305,7 @@ DRIVER_CALLS = (
 )
 
 
+WAITS = {False: "cuEventQuery", True: "cuEventSynchronize"}  # by whether the events are timed
 QUIET = {"cuStreamDestroy_v2", "cuEventDestroy_v2", "cuDevicePrimaryCtxRelease_v2"}  # it is too late for an error
 CLOSING = {"cuCtxGetCurrent", "cuCtxSetCurrent", "cuStreamSynchronize"}  # also where it is
 
@@ -363,8 +337,9 @@ def load_once(loads: Loads, before: int, *, timed: bool) -> list[str]:
     return errors
 
 
-@pytest.mark.parametrize("timed", [False, True])
-@pytest.mark.parametrize("function", DRIVER_CALLS)
+@pytest.mark.parametrize(
+    ("function", "timed"), [(function, timed) for timed, wait in WAITS.items() for function in (*DRIVER_CALLS, wait)]
+)
 def test_whichever_call_of_a_load_fails(loads: Loads, function: str, timed: bool) -> None:
     """Each call of a function once: the error names it, and nothing is left."""
     cuda = loads.cuda

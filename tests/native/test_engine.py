@@ -239,14 +239,6 @@ class TestFailures:
         begin = tensors.offsets[failure.tensor]
         assert begin <= failure.offset < begin + SIZES[failure.tensor]
 
-    def test_a_copy_is_its_own_tensors(self, tensors: Tensors, device: HostDevice) -> None:
-        """Copies of several threads go by one stream."""
-        for _ in range(50):
-            device.fail_copy(4)
-            outcome = self.fail(tensors, device, tensors.job(tensors.open()), Targets(tensors))
-            assert outcome.failure is not None
-            assert outcome.failure.tensor not in outcome.landed
-
     @pytest.mark.parametrize("decode", [ON_HOST, ON_DEVICE])
     @pytest.mark.parametrize("number", [1, 4])
     def test_a_kernel(
