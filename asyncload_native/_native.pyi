@@ -315,6 +315,12 @@ def skip_strings(buffer: bytearray, position: int, first: int, count: int, every
     buffer if that is not all there, its own, and as 64-bit numbers those of each ``every``-th.
     """
 
+def read_entries(buffer: bytearray, position: int, most: int, longest: int) -> list[tuple[str, tuple[int, ...], int, int, int]]:
+    """
+    At most ``most`` tensors' entries of a GGUF header, up to the first that is not all there or has something
+    wrong: name, shape (row-major), type, offset and the position behind. ``longest``: of names, in bytes.
+    """
+
 def unmap(address: int, nbytes: int) -> None:
     """
     Gives whole pages back to the system, and makes way for other threads now and then.

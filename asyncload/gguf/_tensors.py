@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from math import prod
 from operator import attrgetter
 from typing import Final, NamedTuple
@@ -24,8 +24,20 @@ _MAX_WEIGHTS: Final = (1 << 63) - 1
 _UINT32: Final = struct.Struct("<I")
 # By number of dimensions: these, the type, the offset of the data.
 _ENTRIES: Final = tuple(struct.Struct(f"<{n}qiQ") for n in range(_MAX_DIMENSIONS + 1))
+_OFFSET: Final = 8  # bytes of an entry's last field
+_TYPE_AND_OFFSET: Final = 4 + _OFFSET
 _UNITS_OF_AN_ENTRY: Final = 64
 _ENTRIES_AT_ONCE: Final = 32
+
+
+# Its name, shape, type and offset as they stand there, and the position behind it.
+RawEntry = tuple[str, tuple[int, ...], int, int, int]
+
+_in_cpp: Callable[[bytearray, int, int, int], list[RawEntry]] | None
+try:
+    from asyncload_native import read_entries as _in_cpp
+except ImportError:
+    _in_cpp = None
 
 
 class Entry(NamedTuple):
@@ -53,20 +65,23 @@ def read_entries(reader: Reader, count: int, *, strict: bool) -> Steps[dict[str,
 def _some_entries(begin: int, reader: Reader, longest: int, entries: dict[str, Entry], most: int) -> tuple[None, int]:
     """Adds entries until there are ``most`` or the next one is not all there; raises ``Missing`` if none is."""
     at = begin
+    for raw in _in_cpp(reader.buffer, begin, most - len(entries), longest) if _in_cpp else ():
+        _add(raw, at, reader, entries)
+        at = raw[-1]
     try:
-        while len(entries) < most:
-            entry, at = _entry(at, reader, longest, entries)
-            entries[entry.name] = entry
+        while len(entries) < most:  # where C++ has come to something missing or wrong, or there is none
+            raw = _raw_entry(at, reader, longest, entries)
+            _add(raw, at, reader, entries)
+            at = raw[-1]
     except Missing:
         if at == begin:
             raise
     return None, at
 
 
-def _entry(begin: int, reader: Reader, longest: int, known: Container[str]) -> tuple[Entry, int]:
+def _raw_entry(begin: int, reader: Reader, longest: int, known: Container[str]) -> RawEntry:
     name, at = reader.name_at(begin, "a tensor's name", longest)
-    if name in known:
-        raise reader.error(f"tensor {quote(name)} is there twice", begin)
+    _check_name(name, begin, reader, known)
     n_dimensions: int
     (n_dimensions,), shape_at = reader.numbers_at(at, _UINT32, "a number of dimensions")
     if n_dimensions > _MAX_DIMENSIONS:
@@ -74,18 +89,28 @@ def _entry(begin: int, reader: Reader, longest: int, known: Container[str]) -> t
     fields: tuple[int, ...]
     fields, end = reader.numbers_at(shape_at, _ENTRIES[n_dimensions], "a tensor's shape, type and offset")
     *dimensions, number, offset = fields
-    at = shape_at
-    n_weights = prod(dimensions)
-    if n_weights > _MAX_WEIGHTS or (dimensions and min(dimensions) < 1):
-        _check_dimensions(reader, name, dimensions, at)
-    kind = _tensor_type(reader, number, name, at + 8 * n_dimensions)
-    row = dimensions[0] if dimensions else 1
+    _check_dimensions(reader, name, dimensions, shape_at)
+    return name, tuple(dimensions[::-1]), number, offset, end
+
+
+def _add(raw: RawEntry, begin: int, reader: Reader, entries: dict[str, Entry]) -> None:
+    """Adds an entry that begins at a position, if its name is new and its rows are whole blocks of its type."""
+    name, shape, number, offset, end = raw
+    _check_name(name, begin, reader, entries)
+    kind = _tensor_type(reader, number, name, end - _TYPE_AND_OFFSET)
+    row = shape[-1] if shape else 1
     if row % kind.block_size:
         raise reader.error(
-            f"tensor {quote(name)} has rows of {row} weights, no multiple of {kind.name}'s {kind.block_size}", at
+            f"tensor {quote(name)} has rows of {row} weights, no multiple of {kind.name}'s {kind.block_size}",
+            end - _TYPE_AND_OFFSET - 8 * len(shape),
         )
-    nbytes = n_weights // kind.block_size * kind.type_size
-    return Entry(name, kind, tuple(dimensions[::-1]), offset, nbytes, at + 8 * n_dimensions + 4), end
+    nbytes = prod(shape) // kind.block_size * kind.type_size
+    entries[name] = Entry(name, kind, shape, offset, nbytes, end - _OFFSET)
+
+
+def _check_name(name: str, at: int, reader: Reader, known: Container[str]) -> None:
+    if name in known:
+        raise reader.error(f"tensor {quote(name)} is there twice", at)
 
 
 def _check_dimensions(reader: Reader, name: str, dimensions: Sequence[int], at: int) -> None:

@@ -26,12 +26,12 @@
 #include "driver.h"
 #include "engine.h"
 #include "file.h"
+#include "gguf.h"
 #include "host_device.h"
 #include "layer_feed.h"
 #include "race.h"
 #include "reader.h"
 #include "reader_choice.h"
-#include "skip_strings.h"
 #include "unmap.h"
 
 namespace nb = nanobind;
@@ -428,6 +428,28 @@ std::vector<ChunkRow> cut_table(const Table& tensors, std::uint64_t chunk_size) 
     return chunks;
 }
 
+nb::list read_entries(const nb::bytearray& buffer, std::uint64_t position, std::size_t most, std::uint64_t longest) {
+    const std::span bytes(static_cast<const std::byte*>(buffer.data()), buffer.size());
+    nb::list entries;
+    while (entries.size() < most) {
+        const auto entry = read_entry(bytes, position, longest);
+        if (!entry) break;
+        const auto nbytes = static_cast<Py_ssize_t>(entry->name.size());
+        const auto name = nb::steal(PyUnicode_DecodeUTF8(entry->name.data(), nbytes, nullptr));
+        if (!name) {  // it is no UTF-8
+            PyErr_Clear();
+            break;
+        }
+        const auto dimensions = std::span(entry->dimensions).first(entry->n_dimensions);
+        nb::list shape;
+        for (auto dimension = dimensions.rbegin(); dimension != dimensions.rend(); ++dimension)
+            shape.append(*dimension);
+        entries.append(nb::make_tuple(name, nb::tuple(shape), entry->type, entry->offset, entry->end));
+        position = entry->end;
+    }
+    return entries;
+}
+
 // What Python has done here that would take it long; and for tests: the engine cuts and reads by itself.
 void bind_parts(nb::module_& module) {
     module.def(
@@ -449,6 +471,13 @@ void bind_parts(nb::module_& module) {
         "Passes over at most ``count`` strings of a GGUF array, from a position on, as long as their lengths are\n"
         "there; the first has the index ``first``. How many these were, the position behind the last, beyond the\n"
         "buffer if that is not all there, its own, and as 64-bit numbers those of each ``every``-th.");
+
+    module.def(
+        "read_entries", &read_entries, "buffer"_a, "position"_a, "most"_a, "longest"_a,
+        nb::sig("def read_entries(buffer: bytearray, position: int, most: int, longest: int) -> "
+                "list[tuple[str, tuple[int, ...], int, int, int]]"),
+        "At most ``most`` tensors' entries of a GGUF header, up to the first that is not all there or has something\n"
+        "wrong: name, shape (row-major), type, offset and the position behind. ``longest``: of names, in bytes.");
 
     module.def("unmap", &unmap, "address"_a, "nbytes"_a, Unlocked(),
                "Gives whole pages back to the system, and makes way for other threads now and then.");
