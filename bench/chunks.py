@@ -19,7 +19,7 @@ _MIB = 1 << 20
 
 
 def copy(stream: Stream, target: DeviceMemory, staging: StagingMemory, chunk: int, passes: int = 1) -> float:
-    """Copies all of the staging memory in chunks, so often, and returns the seconds that took."""
+    """Copies all of the staging memory in chunks, ``passes`` times, and returns the seconds that took."""
     begin = time.perf_counter()
     for _ in range(passes):
         for offset in range(0, staging.nbytes, chunk):

@@ -35,7 +35,7 @@ from bench.chunks import copy
 
 _LIMIT_BYTES: Final = 256 << 20
 _LIMIT_CHUNK: Final = 16 << 20
-_LIMIT_PASSES: Final = 16  # in which waiting for the end, which takes as long as 4 MB do, does not count
+_LIMIT_PASSES: Final = 16  # in so many waiting for the end does not count
 _PACKED: Final = "packed"
 
 # What is wanted on a GPU: decoding there costs next to nothing, and transformers takes many times as long.

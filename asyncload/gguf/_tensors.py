@@ -25,7 +25,7 @@ _UINT32: Final = struct.Struct("<I")
 # By number of dimensions: these, the type, the offset of the data.
 _ENTRIES: Final = tuple(struct.Struct(f"<{n}qiQ") for n in range(_MAX_DIMENSIONS + 1))
 _OFFSET: Final = 8  # bytes of an entry's last field
-_TYPE_AND_OFFSET: Final = 4 + _OFFSET
+_TYPE_AND_OFFSET: Final = _UINT32.size + _OFFSET
 _UNITS_OF_AN_ENTRY: Final = 64
 _ENTRIES_AT_ONCE: Final = 32
 

@@ -105,8 +105,6 @@ class Session(Sink):
 
             self.engine.tracker.allocate_some(self._sizes(missing), Purpose.WEIGHTS, recipient, keep)
         self.allocate(everything)
-        if missing:
-            self.opened.pause.begin()  # the lock was free meanwhile
         self.transfer.admit()
         self.opened.pause()
         self._made = self._make_tensors(everything)

@@ -34,7 +34,7 @@ double consume(LayerFeed& feed, Device& device, const std::vector<Address>& slot
         fed.pop_front();
         const std::size_t slot = use % slots.size();
         stream->decode(work, slots[slot], slots[slot], amount);
-        ended[slot] = device.make_event(true);  // the feed waits for it, and is woken
+        ended[slot] = device.make_event(false, Wait::interrupt);
         stream->record(*ended[slot]);
         ask(use + slots.size());
     }

@@ -25,8 +25,8 @@ class CudaEvent final : public Event {
     using Release = std::function<void(CUevent)>;
 
     // `release` has the event when nobody holds it any more, if it is ours.
-    CudaEvent(std::shared_ptr<const Driver> driver, CUevent event, bool polled, Release release)
-        : driver_(std::move(driver)), event_(event), polled_(polled), release_(std::move(release)) {}
+    CudaEvent(std::shared_ptr<const Driver> driver, CUevent event, Wait wait, Release release)
+        : driver_(std::move(driver)), event_(event), wait_(wait), release_(std::move(release)) {}
     ~CudaEvent() override {
         if (release_) release_(event_);
     }
@@ -41,7 +41,7 @@ class CudaEvent final : public Event {
     }
 
     void synchronize() override {
-        if (!polled_) {
+        if (wait_ == Wait::interrupt) {
             driver_->cuEventSynchronize(event_);
             return;
         }
@@ -62,7 +62,7 @@ class CudaEvent final : public Event {
   private:
     const std::shared_ptr<const Driver> driver_;
     const CUevent event_;
-    const bool polled_;  // made so that the device interrupts nobody when it passes
+    const Wait wait_;
     const Release release_;
 };
 
@@ -159,26 +159,28 @@ class CudaDevice::EventPool : public std::enable_shared_from_this<EventPool> {
     EventPool(const EventPool&) = delete;
     EventPool& operator=(const EventPool&) = delete;
 
-    std::shared_ptr<Event> take(bool timing) {
-        auto release = [pool = shared_from_this(), timing](CUevent event) {
+    std::shared_ptr<Event> take(bool timing, Wait wait) {
+        const unsigned flags =
+            (timing ? 0 : CU_EVENT_DISABLE_TIMING) | (wait == Wait::poll ? 0 : CU_EVENT_BLOCKING_SYNC);
+        auto release = [pool = shared_from_this(), flags](CUevent event) {
             const std::lock_guard lock(pool->mutex_);
-            pool->free_[timing].push_back(event);
+            pool->free_[flags].push_back(event);
         };
-        return std::make_shared<CudaEvent>(context_->driver, find(timing), !timing, std::move(release));
+        return std::make_shared<CudaEvent>(context_->driver, find(flags), wait, std::move(release));
     }
 
   private:
-    CUevent find(bool timing) {
+    CUevent find(unsigned flags) {
         {
             const std::lock_guard lock(mutex_);
-            if (auto& events = free_[timing]; !events.empty()) {
+            if (auto& events = free_[flags]; !events.empty()) {
                 const CUevent event = events.back();
                 events.pop_back();
                 return event;
             }
         }
         CUevent event = nullptr;
-        driver().cuEventCreate(&event, timing ? CU_EVENT_BLOCKING_SYNC : CU_EVENT_DISABLE_TIMING);
+        driver().cuEventCreate(&event, flags);
         return event;
     }
 
@@ -186,7 +188,7 @@ class CudaDevice::EventPool : public std::enable_shared_from_this<EventPool> {
 
     const std::shared_ptr<const Context> context_;
     std::mutex mutex_;
-    std::array<std::vector<CUevent>, 2> free_;  // without timing, and with
+    std::array<std::vector<CUevent>, 4> free_;  // by their flags
 };
 
 CudaDevice::CudaDevice(std::shared_ptr<const Driver> driver, int index)
@@ -253,12 +255,12 @@ std::unique_ptr<Stream> CudaDevice::open_stream() {
     return std::make_unique<CudaStream>(driver());
 }
 
-std::shared_ptr<Event> CudaDevice::make_event(bool timing) {
-    return events_->take(timing);
+std::shared_ptr<Event> CudaDevice::make_event(bool timing, Wait wait) {
+    return events_->take(timing, wait);
 }
 
 std::shared_ptr<Event> CudaDevice::adopt_event(std::uint64_t handle) {
-    return std::make_shared<CudaEvent>(context_->driver, reinterpret_cast<CUevent>(handle), false, nullptr);
+    return std::make_shared<CudaEvent>(context_->driver, reinterpret_cast<CUevent>(handle), Wait::interrupt, nullptr);
 }
 
 CudaDevice::Answer<CudaDevice::Begun> CudaDevice::begin_work(std::uint64_t stream,
@@ -267,7 +269,7 @@ CudaDevice::Answer<CudaDevice::Begun> CudaDevice::begin_work(std::uint64_t strea
         try {
             attach();
             CudaStream theirs(driver(), stream);
-            Begun begun{make_event(true), make_event(true)};
+            Begun begun{make_event(true, Wait::interrupt), make_event(true, Wait::interrupt)};
             theirs.record(*begun.ready);
             for (const auto& event : after) theirs.wait(*event);
             theirs.record(*begun.began);
@@ -282,7 +284,7 @@ CudaDevice::Answer<std::shared_ptr<Event>> CudaDevice::end_work(std::uint64_t st
     return calls_.call([this, stream]() -> std::variant<std::shared_ptr<Event>, Refusal> {
         try {
             attach();
-            auto ended = make_event(true);
+            auto ended = make_event(true, Wait::interrupt);
             CudaStream(driver(), stream).record(*ended);
             return ended;
         } catch (const CudaError& error) {

@@ -91,15 +91,17 @@ class Recipient {
     virtual bool give(Address address) = 0;
 };
 
+// How `Event::synchronize` waits: until the device interrupts the host, which holds up its copies; or by looking again
+// and again, the more seldom the longer it takes.
+enum class Wait : std::uint8_t { interrupt, poll };
+
 class Device : public std::enable_shared_from_this<Device> {
   public:
     virtual ~Device() = default;
     // Makes it the calling thread's; cheap when it is already.
     virtual void attach() = 0;
     virtual std::unique_ptr<Stream> open_stream() = 0;
-    // One without timing is what many copies a millisecond are waited for by: where the device would interrupt the host
-    // for each, the host looks for itself, more seldom the longer it waits.
-    virtual std::shared_ptr<Event> make_event(bool timing) = 0;
+    virtual std::shared_ptr<Event> make_event(bool timing, Wait wait) = 0;
     // An event of somebody else's, by its handle, that streams can wait for as long as its owner keeps it.
     virtual std::shared_ptr<Event> adopt_event(std::uint64_t handle) = 0;
     // Whether the host writes its memory as its own, and may do so instead of copying there.

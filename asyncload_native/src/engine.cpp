@@ -50,7 +50,7 @@ class Engine::Worker {
         : engine_(engine), device_(*engine.device_), index_(index), stream_(device_.open_stream()) {
         const std::uint64_t size = engine.options_.chunk_size;
         for (std::uint32_t lane = 0; lane < count; ++lane)
-            lanes_.push_back({{buffers + lane * size, size}, device_.make_event(false), std::nullopt});
+            lanes_.push_back({{buffers + lane * size, size}, device_.make_event(false, Wait::poll), std::nullopt});
     }
 
     void run() {
@@ -100,7 +100,7 @@ class Engine::Worker {
         }
         if (!flight.enqueued) return land(std::move(flight));
         try {
-            if (flight.begun) flight.event = device_.make_event(true);
+            if (flight.begun) flight.event = device_.make_event(true, Wait::poll);
             stream_->record(*flight.event);  // also after a failure: what was enqueued uses the buffer
         } catch (const DeviceError& error) {
             if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, task);
@@ -193,7 +193,7 @@ class Engine::Worker {
             for (const auto& event : job.after_) stream_->wait(*event);
             job.begun_[index_] = 1;
         }
-        if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true)));
+        if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true, Wait::poll)));
         for (const Segment& segment : segments) {
             if (segment.target_nbytes == 0) continue;
             const TensorWork& tensor = job.tensors_[segment.tensor];

@@ -9,6 +9,8 @@ namespace asyncload {
 
 namespace {
 
+static_assert(std::endian::native == std::endian::little);  // as the format is
+
 // Takes numbers off the front, as long as there are enough bytes.
 class Cursor {
   public:
@@ -41,7 +43,6 @@ class Cursor {
 
 SkippedStrings skip_strings(std::span<const std::byte> bytes, std::uint64_t position, std::uint64_t first,
                             std::uint64_t count, std::uint64_t every) {
-    static_assert(std::endian::native == std::endian::little);
     SkippedStrings skipped{.end = position, .last = position, .marks = {}};
     std::uint64_t until_mark = (every - first % every) % every;
     for (; skipped.count < count; ++skipped.count) {
@@ -72,8 +73,8 @@ std::optional<TensorEntry> read_entry(std::span<const std::byte> bytes, std::uin
         return std::nullopt;
     std::uint64_t room = std::numeric_limits<std::int64_t>::max();
     for (std::uint64_t& dimension : std::span(entry.dimensions).first(entry.n_dimensions)) {
-        if (!cursor.take(dimension) || dimension == 0 || dimension > room) return std::nullopt;
-        room /= dimension;
+        if (!cursor.take(dimension) || dimension > room) return std::nullopt;
+        room /= std::max<std::uint64_t>(dimension, 1);
     }
     if (!cursor.take(entry.type) || !cursor.take(entry.offset)) return std::nullopt;
     entry.end = cursor.position();

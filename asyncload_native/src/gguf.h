@@ -34,8 +34,8 @@ struct TensorEntry {
     std::uint64_t end = 0;  // the position behind it
 };
 
-// The entry at a position, if it is all there and its name and dimensions are as good as any: a name of 1 to `longest`
-// bytes without NUL, at most four dimensions, none of them zero, whose product is a signed number of 64 bits.
+// The entry at a position, if it is all there, its name has 1 to `longest` bytes and no NUL, and it has at most four
+// dimensions, whose product, zeros left out, is a signed number of 64 bits. Whether the name is UTF-8 is not looked at.
 std::optional<TensorEntry> read_entry(std::span<const std::byte> bytes, std::uint64_t position, std::uint64_t longest);
 
 }  // namespace asyncload

@@ -179,7 +179,7 @@ std::unique_ptr<Stream> HostDevice::open_stream() {
     return std::make_unique<HostStream>(*this);
 }
 
-std::shared_ptr<Event> HostDevice::make_event(bool) {
+std::shared_ptr<Event> HostDevice::make_event(bool, Wait) {
     return std::make_shared<HostEvent>();
 }
 

@@ -31,7 +31,7 @@ class HostDevice final : public Device {
 
     void attach() override {}
     std::unique_ptr<Stream> open_stream() override;
-    std::shared_ptr<Event> make_event(bool timing) override;
+    std::shared_ptr<Event> make_event(bool timing, Wait wait) override;
     std::shared_ptr<Event> adopt_event(std::uint64_t handle) override;
     bool in_place() const noexcept override;
     bool poisons() const noexcept override;

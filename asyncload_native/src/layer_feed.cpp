@@ -75,7 +75,7 @@ void LayerFeed::enqueue(Feeding& feeding) {
 void LayerFeed::enqueue_on_streams(Feeding& feeding) {
     for (const auto& stream : streams_) {
         for (const SharedEvent& event : feeding.after) stream->wait(*event);
-        feeding.begun.push_back(device_->make_event(true));
+        feeding.begun.push_back(device_->make_event(true, Wait::interrupt));
         stream->record(*feeding.begun.back());
     }
     std::optional<DeviceError> failure;
@@ -86,7 +86,7 @@ void LayerFeed::enqueue_on_streams(Feeding& feeding) {
     }
     for (const auto& stream : streams_) {  // also after a failure: what was enqueued uses the slot
         try {
-            const auto arrived = device_->make_event(true);
+            const auto arrived = device_->make_event(true, Wait::interrupt);
             stream->record(*arrived);
             feeding.arrived.push_back(arrived);
         } catch (const std::exception& error) {

@@ -450,7 +450,7 @@ nb::list read_entries(const nb::bytearray& buffer, std::uint64_t position, std::
     return entries;
 }
 
-// What Python has done here that would take it long; and for tests: the engine cuts and reads by itself.
+// Loops that are slow in Python; `cut`, `read` and what goes with it are for tests: the engine does that by itself.
 void bind_parts(nb::module_& module) {
     module.def(
         "cut", &cut_table, "tensors"_a, "chunk_size"_a,

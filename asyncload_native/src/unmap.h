@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 
 #include "device.h"
@@ -11,14 +12,20 @@
 
 namespace asyncload {
 
-// Unmaps whole pages, and makes way after each few of them. A huge page goes at once.
+// Unmaps whole pages, and makes way between pieces when 0.1 ms have passed. Pieces end at multiples of 4 MiB, so that
+// no huge page is split.
 inline void unmap(Address begin, std::size_t nbytes) {
-    constexpr std::size_t piece = 4 << 20;  // 0.15 ms in pages of 4 KiB
-    for (const Address end = begin + nbytes; begin < end;) {
+    using Clock = std::chrono::steady_clock;
+    constexpr std::size_t piece = 4 << 20;
+    constexpr std::chrono::microseconds most{100};
+    const Address end = begin + nbytes;
+    for (auto since = Clock::now(); begin < end;) {
         const Address next = std::min(end, (begin / piece + 1) * piece);
         munmap(pointer(begin), next - begin);
         begin = next;
+        if (begin == end || Clock::now() - since < most) continue;
         make_way();
+        since = Clock::now();
     }
 }
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from asyncload import Loader
-from asyncload.device import HostDevice
 from asyncload.loader import _open
 from asyncload.loader._open import OpenedModel, Pause
 
@@ -95,14 +93,4 @@ async def test_time_until_a_thread_has_the_lock_is_not_its_work(clock: Clock, mo
 
     async with OpenedModel(run) as opened:
         await opened.open(model_path, opened.pause)
-    assert clock.sleeps == 0
-
-
-@pytest.mark.anyio
-async def test_nor_is_the_time_in_which_memory_is_allocated(clock: Clock, model_path: Path) -> None:
-    def allocate(_: int) -> None:
-        clock.now += 1.0
-
-    async with Loader(HostDevice(on_allocate=allocate)) as loader:
-        (await loader.load(model_path)).close()
     assert clock.sleeps == 0

@@ -135,3 +135,14 @@ def test_good_entries_are_read_in_cpp() -> None:
     assert read_entries(data, 6, 9, 1) == []
     assert len(read_entries(data[:-1], 6, 9, 2)) == 2
     assert read_entries(data, 1 << 62, 9, 2) == []
+
+
+def test_the_parser_reads_good_entries_in_cpp() -> None:
+    count = 100
+    entry = struct.Struct("<Q3sIQIQ")
+    entries = b"".join(entry.pack(3, b"%03d" % index, 1, 8, 0, 32 * index) for index in range(count))
+    data = struct.pack("<4sIqq", b"GGUF", 3, count, 0) + entries
+    with mock.patch.object(_tensors, "_raw_entry", side_effect=AssertionError):
+        header, _ = outcome(data, len(data), strict=False)
+    assert isinstance(header, Header)
+    assert list(header.tensors) == [f"{index:03}" for index in range(count)]
