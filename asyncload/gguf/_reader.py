@@ -130,10 +130,8 @@ class Reader:
 
     def string_at(self, at: int, what: str, limit: int) -> tuple[str, int]:
         """A string of at most ``limit`` bytes, and where it ends; raises ``Missing``."""
-        buffer, start = self.buffer, at + LENGTH.size
-        if start > len(buffer):
-            raise Missing(at, LENGTH.size, f"{what}'s length")
-        length: int = LENGTH.unpack_from(buffer, at)[0]
+        buffer = self.buffer
+        (length,), start = self.numbers_at(at, LENGTH, f"{what}'s length")
         if length > limit and length <= self.size - start:
             raise self.error(f"{what} of {length} bytes is longer than {limit}", at)
         end = start + length

@@ -29,7 +29,6 @@ _TYPE_AND_OFFSET: Final = _UINT32.size + _OFFSET
 _UNITS_OF_AN_ENTRY: Final = 64
 _ENTRIES_AT_ONCE: Final = 32
 
-
 # Its name, shape, type and offset as they stand there, and the position behind it.
 RawEntry = tuple[str, tuple[int, ...], int, int, int]
 
@@ -66,12 +65,13 @@ def _some_entries(begin: int, reader: Reader, longest: int, entries: dict[str, E
     """Adds entries until there are ``most`` or the next one is not all there; raises ``Missing`` if none is."""
     at = begin
     for raw in _in_cpp(reader.buffer, begin, most - len(entries), longest) if _in_cpp else ():
-        _add(raw, at, reader, entries)
+        _check_name(raw[0], at, reader, entries)
+        _add(raw, reader, entries)
         at = raw[-1]
     try:
         while len(entries) < most:  # where C++ has come to something missing or wrong, or there is none
             raw = _raw_entry(at, reader, longest, entries)
-            _add(raw, at, reader, entries)
+            _add(raw, reader, entries)
             at = raw[-1]
     except Missing:
         if at == begin:
@@ -93,10 +93,9 @@ def _raw_entry(begin: int, reader: Reader, longest: int, known: Container[str]) 
     return name, tuple(dimensions[::-1]), number, offset, end
 
 
-def _add(raw: RawEntry, begin: int, reader: Reader, entries: dict[str, Entry]) -> None:
-    """Adds an entry that begins at a position, if its name is new and its rows are whole blocks of its type."""
+def _add(raw: RawEntry, reader: Reader, entries: dict[str, Entry]) -> None:
+    """Adds an entry, if its rows are whole blocks of its type."""
     name, shape, number, offset, end = raw
-    _check_name(name, begin, reader, entries)
     kind = _tensor_type(reader, number, name, end - _TYPE_AND_OFFSET)
     row = shape[-1] if shape else 1
     if row % kind.block_size:

@@ -47,15 +47,15 @@ SkippedStrings skip_strings(std::span<const std::byte> bytes, std::uint64_t posi
     std::uint64_t until_mark = (every - first % every) % every;
     for (; skipped.count < count; ++skipped.count) {
         std::uint64_t length = 0;
-        if (bytes.size() < sizeof length || skipped.end > bytes.size() - sizeof length) break;
+        Cursor cursor(bytes, skipped.end);
+        if (!cursor.take(length)) break;
         if (until_mark == 0) {
             skipped.marks.push_back(skipped.end);
             until_mark = every;
         }
         --until_mark;
-        std::memcpy(&length, &bytes[skipped.end], sizeof length);
         skipped.last = skipped.end;
-        const std::uint64_t begin = skipped.end + sizeof length;
+        const std::uint64_t begin = cursor.position();
         skipped.end = length > std::numeric_limits<std::uint64_t>::max() - begin
                           ? std::numeric_limits<std::uint64_t>::max()  // no file is that long
                           : begin + length;
