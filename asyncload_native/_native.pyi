@@ -264,11 +264,12 @@ class Wake(enum.Enum):
 class Job:
     """One load."""
 
-    def __init__(self, files: Sequence[File], tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int, wake: Wake, to_host: bool, timed: bool) -> None:
+    def __init__(self, files: Sequence[File], tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int, rising: int, wake: Wake, to_host: bool, timed: bool) -> None:
         """
-        Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, where it
-        is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, blocks
-        for each of its groups, whether it is skipped. Raises ValueError if a block does not fit a chunk.
+        Cuts tensors, in file order, into chunks, of which the first ``rising`` ones rise in size. A row has: file,
+        offset, bytes there, bytes of the target, where it is decoded (0 nowhere, 1 host, 2 device), bytes of a
+        block, bytes of it decoded, the kernel's handle, blocks for each of its groups, whether it is skipped.
+        Raises ValueError if a block does not fit a chunk.
         """
 
     @property
@@ -302,7 +303,7 @@ class Job:
         What threads did since it was last asked, if it is timed; the subject is the first of a chunk's tensors.
         """
 
-def cut(tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int) -> list[tuple[int, int, int, int, list[tuple[int, int, int, int, int, int, int]]]]:
+def cut(tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int, rising: int = ...) -> list[tuple[int, int, int, int, list[tuple[int, int, int, int, int, int, int]]]]:
     """
     The chunks of a job: group, file, offset and bytes, and of each tensor's share: the tensor, the offset and
     bytes of what is read, of what is uploaded, and of the target.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from asyncload.gguf._array import Array, Scalar
 from asyncload.gguf._types import GGMLType
@@ -25,8 +25,7 @@ _LAYER: Final = re.compile(r"blk\.([0-9]{1,9})\.")
 _RUN: Final = 512
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor of a file: its ``shape`` is row-major, as torch has it (ggml's dimensions reversed).
 
     ``offset`` is the byte in its own file at which its data begins, and ``part`` the index of that file (0 where there
@@ -75,8 +74,8 @@ def group_layers(tensors: Iterable[TensorInfo], step: Callable[[], None]) -> Map
     layers: dict[int, list[TensorInfo]] = {}
     for tensor in tensors:
         step()
-        if (layer := tensor.layer) is not None:
-            layers.setdefault(layer, []).append(tensor)
+        if match := _LAYER.match(tensor.name):
+            layers.setdefault(int(match[1]), []).append(tensor)
     return MappingProxyType({layer: tuple(layers[layer]) for layer in merge_sorted(layers, _itself, step)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -95,7 +96,7 @@ class HeaderParser:
             tensors=MappingProxyType(tensors),
             data_offset=data_offset,
             nbytes=nbytes,
-            layers=group_layers(tensors.values(), lambda: reader.work(_UNITS_OF_GROUPING)),
+            layers=group_layers(tensors.values(), partial(reader.work, _UNITS_OF_GROUPING)),
         )
 
     def _preamble(self) -> Steps[tuple[int, int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -107,7 +106,7 @@ def _add(tensors: dict[str, TensorInfo], header: Header, part: int, step: Callab
         step()
         if (twice := tensors.get(tensor.name)) is not None:
             return twice
-        tensors[tensor.name] = replace(tensor, part=part)
+        tensors[tensor.name] = tensor._replace(part=part)
     return None
 
 

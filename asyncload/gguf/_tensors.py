@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from math import prod
 from operator import attrgetter
-from typing import Final, NamedTuple
+from typing import Final, NoReturn
 
 from asyncload.errors import UnsupportedTypeError
 from asyncload.gguf._header import TensorInfo, merge_sorted
@@ -31,23 +31,15 @@ _ENTRIES_AT_ONCE: Final = 32
 
 # Its name, shape, type and offset as they stand there, and the position behind it.
 RawEntry = tuple[str, tuple[int, ...], int, int, int]
+# Its name, type, shape, offset from where data begins, bytes, and where the offset stands. There are many: tuples of a
+# class of their own take twice the time.
+Entry = tuple[str, GGMLType, tuple[int, ...], int, int, int]
 
 _in_cpp: Callable[[bytearray, int, int, int], list[RawEntry]] | None
 try:
     from asyncload_native import read_entries as _in_cpp
 except ImportError:
     _in_cpp = None
-
-
-class Entry(NamedTuple):
-    """A tensor as its header entry has it: ``offset`` counts from where data begins; ``at`` is where that stands."""
-
-    name: str
-    type: GGMLType
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    at: int
 
 
 def read_entries(reader: Reader, count: int, *, strict: bool) -> Steps[dict[str, Entry]]:
@@ -96,7 +88,8 @@ def _raw_entry(begin: int, reader: Reader, longest: int, known: Container[str]) 
 def _add(raw: RawEntry, reader: Reader, entries: dict[str, Entry]) -> None:
     """Adds an entry, if its rows are whole blocks of its type."""
     name, shape, number, offset, end = raw
-    kind = _tensor_type(reader, number, name, end - _TYPE_AND_OFFSET)
+    if (kind := TYPES_BY_ID.get(number)) is None:
+        _refuse_type(reader, number, name, end - _TYPE_AND_OFFSET)
     row = shape[-1] if shape else 1
     if row % kind.block_size:
         raise reader.error(
@@ -104,7 +97,7 @@ def _add(raw: RawEntry, reader: Reader, entries: dict[str, Entry]) -> None:
             end - _TYPE_AND_OFFSET - 8 * len(shape),
         )
     nbytes = prod(shape) // kind.block_size * kind.type_size
-    entries[name] = Entry(name, kind, shape, offset, nbytes, end - _OFFSET)
+    entries[name] = name, kind, shape, offset, nbytes, end - _OFFSET
 
 
 def _check_name(name: str, at: int, reader: Reader, known: Container[str]) -> None:
@@ -122,9 +115,7 @@ def _check_dimensions(reader: Reader, name: str, dimensions: Sequence[int], at: 
             raise reader.error(f"tensor {quote(name)} has more weights than can be counted", at + 8 * index)
 
 
-def _tensor_type(reader: Reader, number: int, name: str, at: int) -> GGMLType:
-    if (kind := TYPES_BY_ID.get(number)) is not None:
-        return kind
+def _refuse_type(reader: Reader, number: int, name: str, at: int) -> NoReturn:
     if (removed := REMOVED_TYPES.get(number)) is not None:
         what = f"type {removed} (id {number}), which ggml has removed"
     elif number > max(TYPES_BY_ID):

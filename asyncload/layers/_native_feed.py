@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import anyio
@@ -139,7 +139,7 @@ class NativeSlabFeed:
             for tensor, offset, _ in places(layer):
                 packed = tensor
                 if tensor.decode is Decode.DEVICE:
-                    packed = replace(tensor, decode=Decode.NONE, nbytes=tensor.info.nbytes)
+                    packed = tensor._replace(decode=Decode.NONE, nbytes=tensor.info.nbytes)
                 tensors.append((packed, memory.part(offset, packed.nbytes)))
         tensors.sort(key=lambda placed: (placed[0].info.part, placed[0].info.offset))
         plan = LoadPlan(tuple(tensor for tensor, _ in tensors), self._backend.options.chunk_size)

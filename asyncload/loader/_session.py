@@ -10,7 +10,7 @@ from typing import Any, Final
 from asyncload.device import DeviceMemory
 from asyncload.errors import DeviceError, TensorNotFoundError
 from asyncload.loader._kernels import prepare_kernels
-from asyncload.loader._open import ModelPath, OpenedModel, Pause
+from asyncload.loader._open import ModelPath, OpenedModel
 from asyncload.memory import Allocation, Purpose
 from asyncload.model import Memory, Target, Tensor, borrow, check_disjoint, check_target
 from asyncload.options import DecodeOption
@@ -168,13 +168,12 @@ class Session(Sink):
         )
 
     def _make_tensors(self, indices: Iterable[int]) -> dict[str, Tensor]:
-        pause = Pause()
         tensors: dict[str, Tensor] = {}
         for count, index in enumerate(indices, 1):
             tensor = self._make_tensor(index)
             tensors[tensor.name] = tensor
             if count % _AT_ONCE == 0:
-                pause()
+                self.opened.pause()
         return tensors
 
     def finish(self) -> None:

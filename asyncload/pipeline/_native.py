@@ -208,6 +208,7 @@ class NativeTransfer:
                 files=files,
                 tensors=np.array(rows, np.uint64).reshape(-1, 10),
                 chunk_size=self._plan.chunk_size,
+                rising=backend.options.threads,
                 wake=getattr(module.Wake, self._sink.hears.upper()),
                 to_host=self._to_host,
                 timed=self._timed,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from asyncload.gguf import TensorInfo
 from asyncload.quant import DType
@@ -19,8 +19,7 @@ class Decode(StrEnum):
     NONE = "none"
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """What becomes of one tensor: its ``dtype`` and row-major ``shape`` on the device, and where it is decoded.
 
     A quantized tensor that stays packed is uint8; its last dimension counts bytes then.

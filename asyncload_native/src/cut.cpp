@@ -23,8 +23,8 @@ std::uint64_t decoded_nbytes(const TensorWork& tensor) {
 
 class Cutter {
   public:
-    Cutter(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size)
-        : tensors_(tensors), chunk_size_(chunk_size) {}
+    Cutter(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size, std::uint32_t rising)
+        : tensors_(tensors), chunk_size_(chunk_size), rising_(rising) {}
 
     Cut run() {
         for (std::uint32_t index = 0; index < tensors_.size(); ++index) {
@@ -81,13 +81,14 @@ class Cutter {
         const std::uint64_t before = whole ? alignment : tensor.block_nbytes;
         const std::uint64_t after = whole ? alignment : tensor.decoded_block_nbytes;
         const std::uint64_t needed = before + (by_host ? after : 0);
-        const std::uint64_t blocks = (chunk_size_ - (by_host ? alignment : 0)) / needed;
-        if (blocks == 0)
+        const std::uint64_t most = (chunk_size_ - (by_host ? alignment : 0)) / needed;  // blocks
+        if (most == 0)
             throw std::invalid_argument("one block takes " + std::to_string(needed) + " bytes, more than a chunk of " +
                                         std::to_string(chunk_size_));
-        const std::uint64_t step = blocks * before;
-        for (std::uint64_t start = 0; start < tensor.nbytes; start += step) {
-            const std::uint64_t nbytes = std::min(step, tensor.nbytes - start);
+        for (std::uint64_t start = 0, nbytes = 0; start < tensor.nbytes; start += nbytes) {
+            const std::uint64_t made = cut_.chunks.size();
+            const std::uint64_t blocks = made < rising_ ? std::max(most * (made + 1) / rising_, 1UL) : most;
+            nbytes = std::min(blocks * before, tensor.nbytes - start);
             const std::uint64_t target_offset = start / before * after, target_nbytes = nbytes * after / before;
             begin_chunk(tensor.file, tensor.offset + start, nbytes);
             add({index, 0, nbytes, by_host ? align(nbytes) : 0, by_host ? target_nbytes : nbytes, target_offset,
@@ -107,6 +108,7 @@ class Cutter {
 
     const std::vector<TensorWork>& tensors_;
     const std::uint64_t chunk_size_;
+    const std::uint32_t rising_;
     Cut cut_;
     std::uint32_t group_ = 0;
     std::vector<std::uint32_t> shared_;  // the small tensors of the chunk being gathered
@@ -115,8 +117,8 @@ class Cutter {
 
 }  // namespace
 
-Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size) {
-    return Cutter(tensors, chunk_size).run();
+Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size, std::uint32_t rising) {
+    return Cutter(tensors, chunk_size, rising).run();
 }
 
 }  // namespace asyncload

@@ -6,10 +6,10 @@
 namespace asyncload {
 
 Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
-         Wake wake, bool to_host, bool timed)
+         std::uint32_t rising, Wake wake, bool to_host, bool timed)
     : files_(std::move(files)),
       tensors_(std::move(tensors)),
-      cut_(cut(tensors_, chunk_size)),
+      cut_(cut(tensors_, chunk_size, rising)),
       wake_(wake),
       to_host_(to_host),
       timed_(timed),

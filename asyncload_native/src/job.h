@@ -56,11 +56,11 @@ class Job : public std::enable_shared_from_this<Job> {
         std::optional<Failure> failure;
     };
 
-    // Cuts the tensors into chunks; throws as `cut` does, and `std::system_error` where there is no descriptor left.
-    // `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded around the
-    // copies of each chunk, and what the threads do is noted.
+    // Cuts the tensors into chunks, as `cut` does, and throws as it does, and `std::system_error` where there is no
+    // descriptor left. `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded
+    // around the copies of each chunk, and what the threads do is noted.
     Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
-        Wake wake, bool to_host, bool timed);
+        std::uint32_t rising, Wake wake, bool to_host, bool timed);
     Job(const Job&) = delete;
     Job& operator=(const Job&) = delete;
 

@@ -386,17 +386,17 @@ void bind_job(nb::module_& module) {
         .value("CHUNK", Job::Wake::chunk);
     nb::class_<Job>(module, "Job", "One load.")
         .def(nb::new_([](std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
-                         Job::Wake wake, bool to_host, bool timed) {
+                         std::uint32_t rising, Job::Wake wake, bool to_host, bool timed) {
                  if (std::ranges::find(files, nullptr) != files.end()) throw nb::type_error("None is no file");
                  return std::make_shared<Job>(std::vector<std::shared_ptr<const File>>(files.begin(), files.end()),
-                                              read_table(tensors), chunk_size, wake, to_host, timed);
+                                              read_table(tensors), chunk_size, rising, wake, to_host, timed);
              }),
-             "files"_a, "tensors"_a, "chunk_size"_a, "wake"_a, "to_host"_a, "timed"_a,
-             "Cuts tensors, in file order, into chunks. A row has: file, offset, bytes there, bytes of the target, "
-             "where it\n"
-             "is decoded (0 nowhere, 1 host, 2 device), bytes of a block, bytes of it decoded, the kernel's handle, "
-             "blocks\n"
-             "for each of its groups, whether it is skipped. Raises ValueError if a block does not fit a chunk.")
+             "files"_a, "tensors"_a, "chunk_size"_a, "rising"_a, "wake"_a, "to_host"_a, "timed"_a,
+             "Cuts tensors, in file order, into chunks, of which the first ``rising`` ones rise in size. A row has: "
+             "file,\n"
+             "offset, bytes there, bytes of the target, where it is decoded (0 nowhere, 1 host, 2 device), bytes of a\n"
+             "block, bytes of it decoded, the kernel's handle, blocks for each of its groups, whether it is skipped.\n"
+             "Raises ValueError if a block does not fit a chunk.")
         .def_prop_ro("descriptor", &Job::descriptor, "An eventfd that is readable when there is news.")
         .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
         .def("poll", &Job::poll, "What has happened since it was last asked.")
@@ -415,8 +415,8 @@ using SegmentRow =
     std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 using ChunkRow = std::tuple<std::uint32_t, std::uint32_t, std::uint64_t, std::uint64_t, std::vector<SegmentRow>>;
 
-std::vector<ChunkRow> cut_table(const Table& tensors, std::uint64_t chunk_size) {
-    const Cut pieces = cut(read_table(tensors), chunk_size);
+std::vector<ChunkRow> cut_table(const Table& tensors, std::uint64_t chunk_size, std::uint32_t rising) {
+    const Cut pieces = cut(read_table(tensors), chunk_size, rising);
     std::vector<ChunkRow> chunks;
     for (const Chunk& chunk : pieces.chunks) {
         std::vector<SegmentRow> segments;
@@ -453,7 +453,7 @@ nb::list read_entries(const nb::bytearray& buffer, std::uint64_t position, std::
 // Loops that are slow in Python; `cut`, `read` and what goes with it are for tests: the engine does that by itself.
 void bind_parts(nb::module_& module) {
     module.def(
-        "cut", &cut_table, "tensors"_a, "chunk_size"_a,
+        "cut", &cut_table, "tensors"_a, "chunk_size"_a, "rising"_a = 0,
         "The chunks of a job: group, file, offset and bytes, and of each tensor's share: the tensor, the offset and\n"
         "bytes of what is read, of what is uploaded, and of the target.");
 

@@ -114,7 +114,7 @@ class Tensors:
             (0, offset, nbytes, growth * nbytes, decode, 1, growth, kernel, 1, index in skip)
             for index, (offset, nbytes) in enumerate(zip(self.offsets, self.sizes, strict=True))
         ]
-        return Job([file], np.array(rows, np.uint64).reshape(-1, 10), CHUNK, Wake[wake], to_host=False, timed=timed)
+        return Job([file], np.array(rows, np.uint64).reshape(-1, 10), CHUNK, 0, Wake[wake], to_host=False, timed=timed)
 
     def start(
         self,

@@ -73,7 +73,7 @@ class Loads:
             offset = sum(SIZES[: len(rows)])
             decode = (DEVICE, 32, 64, *kernel) if kernel else (NONE, 1, 1, 0, 0)
             rows.append((0, offset, nbytes, 2 * nbytes if kernel else nbytes, *decode, 0))
-        job = Job([file], np.array(rows, np.uint64), CHUNK, Wake.END, to_host=False, timed=timed)
+        job = Job([file], np.array(rows, np.uint64), CHUNK, 0, Wake.END, to_host=False, timed=timed)
         targets = [self.cuda.make("cuMemAlloc_v2", max(row[3], 1)) for row in rows]
         engine.submit(job, self.scratch if kernel else [], after)
         if admit:

@@ -107,6 +107,52 @@ def test_any_plan_is_cut_as_in_python(plans: list[TensorPlan], chunk_size: int, 
         assert cut(rows(plan, skipped), chunk_size) == wanted
 
 
+@given(
+    plans=tensor_plans(),
+    chunk_size=st.sampled_from(CHUNK_SIZES),
+    rising=st.integers(1, 30),
+    skipped=st.sets(st.integers(0, 40)),
+)
+def test_chunks_that_rise_hold_the_same(
+    plans: list[TensorPlan], chunk_size: int, rising: int, skipped: set[int]
+) -> None:
+    from asyncload_native import cut
+
+    plan = LoadPlan(tuple(plans), chunk_size)
+    try:
+        expected = chunks_of(plan, skipped)
+    except PlanError:
+        with pytest.raises(ValueError, match="one block takes"):
+            cut(rows(plan, skipped), chunk_size, rising)
+        return
+    chunks = cut(rows(plan, skipped), chunk_size, rising)
+    assert segments_of(chunks) == segments_of(expected)
+    assert all(at + nbytes <= chunk_size for *_, segments in chunks for *_, at, nbytes, _, _ in segments)
+
+
+def segments_of(chunks: Any) -> list[tuple[int, ...]]:
+    """Which bytes of which tensor come in which group from where, where neighbours are one."""
+    joined: list[tuple[int, ...]] = []
+    for group, part, offset, _, segments in chunks:
+        for tensor, at, source, _, _, target_at, target in segments:
+            here = (group, part, tensor, offset + at, source, target_at, target)
+            if joined and joined[-1][:3] == here[:3]:
+                *_, begin, length, target_begin, target_length = joined.pop()
+                assert (begin + length, target_begin + target_length) == (offset + at, target_at)
+                here = (group, part, tensor, begin, length + source, target_begin, target_length + target)
+            joined.append(here)
+    return joined
+
+
+def test_the_first_chunks_rise_to_the_size_of_the_others() -> None:
+    from asyncload_native import cut
+
+    info = TensorInfo("tensor", GGMLType.F32, (1 << 20,), 0, 4 << 20)
+    plan = LoadPlan((TensorPlan(info, DType.FLOAT32, info.shape, Decode.NONE, info.nbytes),), 1 << 20)
+    sizes = [nbytes >> 10 for *_, nbytes, _ in cut(rows(plan, set()), 1 << 20, 4)]
+    assert sizes == [256, 512, 768, 1024, 1024, 512]
+
+
 @pytest.mark.parametrize("decode", list(Decode))
 def test_so_many_small_tensors_that_they_do_not_share_one_chunk(decode: Decode) -> None:
     from asyncload_native import cut
@@ -124,7 +170,7 @@ def test_a_group_is_moved_once_all_of_its_tensors_are_admitted(plans: list[Tenso
     from asyncload_native import Job, Wake
 
     plan = LoadPlan(tuple(plans), 1 << 20)
-    job = Job([], rows(plan, skipped), 1 << 20, Wake.END, to_host=False, timed=False)
+    job = Job([], rows(plan, skipped), 1 << 20, 3, Wake.END, to_host=False, timed=False)
     job.close()
     groups = [math.nan] * len(plans)
     for chunk in plan.chunks(skipped):
