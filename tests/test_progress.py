@@ -45,7 +45,7 @@ class TestTheLog:
             meter.start()
             for _ in range(0, total, step):
                 meter.chunk(step)
-            meter.tensor()
+            meter.tensors(1)
             meter.done()
         return [record.getMessage() for record in caplog.records]
 

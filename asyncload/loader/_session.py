@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -214,10 +214,10 @@ class Session(Sink):
         memory = self.memory[tensor]
         return DeviceMemory(memory.address, memory.nbytes)
 
-    def landed(self, tensor: int) -> None:
+    def landed(self, tensors: Sequence[int]) -> None:
         """Keeps account of complete tensors."""
-        self.landed_tensors.add(tensor)
-        self.meter.tensor()
+        self.landed_tensors.update(tensors)
+        self.meter.tensors(len(tensors))
 
     def moved(self, nbytes: int) -> None:
         """Reports progress."""

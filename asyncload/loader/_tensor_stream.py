@@ -48,9 +48,9 @@ class _Window(Session):
         self._outstanding += nbytes
         await self.engine.callers.run(self.allocate, tensors)
 
-    def landed(self, tensor: int) -> None:
-        super().landed(tensor)
-        self.ready.append(tensor)
+    def landed(self, tensors: Sequence[int]) -> None:
+        super().landed(tensors)
+        self.ready.extend(tensors)
         self.wake()
 
     def take(self) -> Tensor:

@@ -36,8 +36,8 @@ class Sink:
         """Where a tensor goes; its group has been admitted."""
         raise NotImplementedError
 
-    def landed(self, tensor: int) -> None:
-        """All bytes of a tensor are on the device."""
+    def landed(self, tensors: Sequence[int]) -> None:
+        """All bytes of these tensors are on the device, in the order in which they came."""
 
     def moved(self, nbytes: int) -> None:
         """That many bytes more of the tensors are on the device."""

@@ -196,17 +196,15 @@ class NativeTransfer:
 
     def prepare(self) -> None:
         """Hands the plan to the engine."""
-        import numpy as np
-
         backend, module = self._backend, self._backend.module
         files = [source.open_file() for source in self._sources]
-        rows = [self._row(index, tensor) for index, tensor in enumerate(self._plan.tensors)]
+        table = self._table()
         if self._plan.kernels(Decode.DEVICE):
             self._scratch = backend.scratch.acquire()
         try:
             job = module.Job(
                 files=files,
-                tensors=np.array(rows, np.uint64).reshape(-1, 10),
+                tensors=table,
                 chunk_size=self._plan.chunk_size,
                 rising=backend.options.threads,
                 wake=getattr(module.Wake, self._sink.hears.upper()),
@@ -228,16 +226,29 @@ class NativeTransfer:
         )
         self._job = job
 
-    def _row(self, index: int, tensor: TensorPlan) -> tuple[int, ...]:
-        """What ``asyncload_native.Job`` says of a tensor."""
-        info = tensor.info
+    def _table(self) -> Any:
+        """The tensors as ``asyncload_native.Job`` takes them, a row each."""
+        import numpy as np
+
+        ways: dict[tuple[GGMLType, DType, Decode], tuple[int, ...]] = {}
+        rows: list[tuple[int, ...]] = []
+        for index, tensor in enumerate(self._plan.tensors):
+            info, dtype, _, decode, nbytes = tensor
+            way = info.type, dtype, decode
+            if way not in ways:
+                ways[way] = self._way(tensor)
+            rows.append((info.part, info.offset, info.nbytes, nbytes, *ways[way], index in self._skip))
+        return np.array(rows, np.uint64).reshape(-1, 10)
+
+    def _way(self, tensor: TensorPlan) -> tuple[int, ...]:
+        """Where a tensor is decoded, a block's bytes before and after that, and the kernel."""
+        type_, dtype = tensor.info.type, tensor.dtype
         kernel = (0, 0)
         if tensor.decode is Decode.HOST:
-            kernel = kernel_address(info.type, tensor.dtype), 0
+            kernel = kernel_address(type_, dtype), 0
         elif tensor.decode is Decode.DEVICE:
-            kernel = self._backend.device.native_kernel(info.type, tensor.dtype)
-        place, blocks = _PLACES[tensor.decode], (info.type.type_size, tensor.block_nbytes)
-        return info.part, info.offset, info.nbytes, tensor.nbytes, place, *blocks, *kernel, index in self._skip
+            kernel = self._backend.device.native_kernel(type_, dtype)
+        return _PLACES[tensor.decode], type_.type_size, tensor.block_nbytes, *kernel
 
     # Admission
 
@@ -293,8 +304,8 @@ class NativeTransfer:
         self._landed += news.moved
         self._missing -= len(news.landed)
         try:
-            for tensor in news.landed:
-                self._sink.landed(tensor)
+            if news.landed:
+                self._sink.landed(news.landed)
             if news.moved:
                 self._sink.moved(news.moved)
         except BaseException as error:  # noqa: BLE001 - a callback's for example: it comes out of run, at the end

@@ -296,8 +296,8 @@ class PythonTransfer:
             if self._missing[segment.tensor] == 0:
                 landed.append(segment.tensor)
         self._tensors_left -= len(landed)
-        for tensor in landed:
-            self._sink.landed(tensor)
+        if landed:
+            self._sink.landed(landed)
         self._sink.moved(chunk.target_nbytes)
         if not self._tensors_left:
             self._finished.set()

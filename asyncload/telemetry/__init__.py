@@ -68,9 +68,9 @@ class ProgressMeter:
         _log.info("%s: loading %d tensors, %s", self._name, self._tensors_total, format_size(self._bytes_total))
         self._report("start")
 
-    def tensor(self) -> None:
-        """A tensor is complete."""
-        self._tensors_done += 1
+    def tensors(self, count: int) -> None:
+        """So many tensors more are complete."""
+        self._tensors_done += count
 
     def chunk(self, nbytes: int) -> None:
         """That many bytes more have arrived."""

@@ -24,7 +24,7 @@ std::uint64_t decoded_nbytes(const TensorWork& tensor) {
 class Cutter {
   public:
     Cutter(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size, std::uint32_t rising)
-        : tensors_(tensors), chunk_size_(chunk_size), rising_(rising) {}
+        : tensors_(tensors), chunk_size_(chunk_size), rising_(total() < rising * chunk_size ? 0 : rising) {}
 
     Cut run() {
         for (std::uint32_t index = 0; index < tensors_.size(); ++index) {
@@ -46,6 +46,13 @@ class Cutter {
     }
 
   private:
+    std::uint64_t total() const {
+        std::uint64_t nbytes = 0;
+        for (const TensorWork& tensor : tensors_)
+            if (!tensor.skip) nbytes += tensor.nbytes;
+        return nbytes;
+    }
+
     // Whether a small tensor lies close enough behind the others for one read.
     bool joins(const TensorWork& tensor, std::uint64_t after) const {
         const TensorWork &first = tensors_[shared_.front()], &last = tensors_[shared_.back()];
