@@ -51,7 +51,10 @@ class Transfer(Protocol):
     """
 
     def prepare(self) -> None:
-        """Takes what it needs beside staging memory; blocks. Raises what the scratch's allocation raises."""
+        """Takes what it needs beside staging memory; blocks. Raises what the scratch's allocation raises.
+
+        Where the sink does not limit, bytes may be read into staging memory from here on.
+        """
         ...
 
     def recipient(self, tensors: Sequence[int]) -> Recipient | None:

@@ -210,6 +210,7 @@ class NativeTransfer:
                 wake=getattr(module.Wake, self._sink.hears.upper()),
                 to_host=self._to_host,
                 timed=self._timed,
+                ahead=not self._sink.limits,
             )
         except ValueError as error:
             raise PlanError(str(error)) from error

@@ -84,15 +84,17 @@ class Engine::Worker {
         try {
             device_.attach();
             kind = Failure::Kind::copy;
-            const bool in_place = writes_in_place(job);
-            const auto bytes = place(lane, job, chunk, segments, in_place);
+            const auto bytes = place(lane, task, segments);
             if (!read(job, chunk, bytes)) return engine_.report(task, End::given_up);
-            if (!decode(lane, job, segments, in_place))
+            if (!decode(lane, task, segments)) {
                 flight.failure = describe(DeviceError("the decoding kernel failed", ""), Failure::Kind::decode, task);
-            else if (job.stopped_)
-                return engine_.report(task, End::given_up);
-            else
-                upload(lane, job, segments, bytes, in_place, flight);
+            } else {
+                while (task.ahead && under_way()) land_oldest();  // or it would be heard of late
+                const auto targets = engine_.await_targets(task);
+                if (targets == Targets::later) return;
+                if (targets == Targets::stopped) return engine_.report(task, End::given_up);
+                upload(lane, task, segments, bytes, flight);
+            }
         } catch (const ReadError& error) {
             flight.failure = describe(error, tensor, chunk.file);
         } catch (const std::exception& error) {
@@ -110,19 +112,13 @@ class Engine::Worker {
         lane.flight = std::move(flight);
     }
 
-    // Whether the host may write tensors where they go, as nothing on the device has to be waited for or timed. Asked
-    // once for a chunk: a test may change the answer.
-    bool writes_in_place(const Job& job) const {
-        return job.to_host_ || (device_.in_place() && job.after_.empty() && !job.timed_);
-    }
-
     // Where a chunk is read to: the target, if it may be written there and lies in one piece, or else the buffer.
-    static std::span<std::byte> place(const Lane& lane, const Job& job, const Chunk& chunk,
-                                      std::span<const Segment> segments, bool in_place) {
+    static std::span<std::byte> place(const Lane& lane, const Task& task, std::span<const Segment> segments) {
+        const Job& job = *task.job;
         const Segment& segment = segments.front();
-        if (in_place && segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none)
-            return {pointer(job.targets_[segment.tensor] + segment.target_offset), chunk.nbytes};
-        return lane.buffer.first(chunk.nbytes);
+        if (task.in_place && segments.size() == 1 && job.tensors_[segment.tensor].decode == Decode::none)
+            return {pointer(job.targets_[segment.tensor] + segment.target_offset), task.chunk->nbytes};
+        return lane.buffer.first(task.chunk->nbytes);
     }
 
     // Reads, as often as the options say where the reason of a failure may pass; false if the job is stopped meanwhile.
@@ -156,7 +152,8 @@ class Engine::Worker {
 
     // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
     // a kernel fails.
-    bool decode(const Lane& lane, Job& job, std::span<const Segment> segments, bool in_place) {
+    bool decode(const Lane& lane, const Task& task, std::span<const Segment> segments) {
+        Job& job = *task.job;
         const auto begin = Clock::now();
         std::uint64_t nbytes = 0;
         for (const Segment& segment : segments) {
@@ -164,8 +161,8 @@ class Engine::Worker {
             if (tensor.decode != Decode::host || segment.target_nbytes == 0) continue;
             const auto first = Clock::now();
             const auto function = reinterpret_cast<HostKernel>(tensor.kernel.handle);
-            std::byte* const target = in_place ? pointer(job.targets_[segment.tensor] + segment.target_offset)
-                                               : &lane.buffer[segment.upload_offset];
+            std::byte* const target = task.in_place ? pointer(job.targets_[segment.tensor] + segment.target_offset)
+                                                    : &lane.buffer[segment.upload_offset];
             const std::uint64_t blocks = segment.source_nbytes / tensor.block_nbytes;
             const std::uint64_t decoded = tensor.decoded_block_nbytes, most = std::max(stretch / decoded, 1UL);
             for (std::uint64_t block = 0; block < blocks; block += most) {
@@ -186,8 +183,9 @@ class Engine::Worker {
     }
 
     // Enqueues copies and kernels, or copies in place.
-    void upload(const Lane& lane, Job& job, std::span<const Segment> segments, std::span<std::byte> bytes,
-                bool in_place, Flight& flight) {
+    void upload(const Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
+                Flight& flight) {
+        Job& job = *task.job;
         flight.begin = Clock::now();
         if (job.begun_[index_] == 0) {
             for (const auto& event : job.after_) stream_->wait(*event);
@@ -205,7 +203,7 @@ class Engine::Worker {
                 stream_->upload(packed, source, segment.upload_nbytes);
                 stream_->decode(tensor.kernel, packed, target,
                                 static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes));
-            } else if (!in_place) {
+            } else if (!task.in_place) {
                 flight.enqueued = true;
                 stream_->upload(target, source, segment.upload_nbytes);
             } else if (tensor.decode == Decode::none && bytes.data() == lane.buffer.data()) {
@@ -355,11 +353,12 @@ void Engine::cancel(Job& job) {
 std::shared_ptr<Job> Engine::stop(Job& job) {
     job.stopped_ = true;
     job.next_ = job.cut_.chunks.size();
+    job.left_.clear();
     return take_ended(job);
 }
 
 std::shared_ptr<Job> Engine::take_ended(Job& job) {
-    if (job.next_ < job.cut_.chunks.size() || job.under_way_ > 0) return nullptr;
+    if (next(job) || job.under_way_ > 0) return nullptr;
     const auto found = std::ranges::find_if(jobs_, [&](const auto& other) { return other.get() == &job; });
     if (found == jobs_.end()) return nullptr;
     auto ended = std::move(*found);
@@ -396,8 +395,22 @@ void Engine::close() {
     workers_.clear();
 }
 
+std::optional<std::size_t> Engine::next(const Job& job) {
+    if (!job.left_.empty()) return *job.left_.begin();
+    return job.next_ < job.cut_.chunks.size() ? std::optional(job.next_) : std::nullopt;
+}
+
 bool Engine::waits(const Job& job) {
-    return job.next_ < job.cut_.chunks.size() && job.cut_.chunks[job.next_].group < job.admitted_;
+    const auto chunk = next(job);
+    return chunk && job.cut_.chunks[*chunk].group < job.admitted_;
+}
+
+bool Engine::waits_to_be_read(const Job& job) const {
+    return job.ahead_ && next(job) && !in_place(job);
+}
+
+bool Engine::in_place(const Job& job) const {
+    return job.to_host_ || (device_->in_place() && job.after_.empty() && !job.timed_);
 }
 
 std::optional<Engine::Task> Engine::take(bool wait) {
@@ -405,19 +418,40 @@ std::optional<Engine::Task> Engine::take(bool wait) {
     for (;;) {
         // Of the jobs that have something to do, the one with the least under way, so that a small one beside a large
         // one has its share at once; of equal ones, in turn.
-        auto best = jobs_.end();
-        for (auto job = jobs_.begin(); job != jobs_.end(); ++job) {
-            const Job& each = **job;
-            if (!waits(each)) continue;
-            if (best == jobs_.end() || each.under_way_ < (*best)->under_way_) best = job;
-        }
+        const auto find = [this](const auto& has_work) {
+            auto best = jobs_.end();
+            for (auto job = jobs_.begin(); job != jobs_.end(); ++job)
+                if (has_work(**job) && (best == jobs_.end() || (*job)->under_way_ < (*best)->under_way_)) best = job;
+            return best;
+        };
+        auto best = find(waits);
+        const bool ahead = best == jobs_.end();
+        if (ahead) best = find([this](const Job& job) { return waits_to_be_read(job); });
         if (best != jobs_.end()) {
             const auto job = *best;
             std::rotate(best, best + 1, jobs_.end());
             ++job->under_way_;
-            return Task{job, &job->cut_.chunks[job->next_++]};
+            const std::size_t chunk = *next(*job);
+            if (job->left_.erase(chunk) == 0) ++job->next_;
+            return Task{job, &job->cut_.chunks[chunk], !ahead && in_place(*job), ahead};
         }
         if (!wait || closing_) return std::nullopt;
+        changed_.wait(lock);
+    }
+}
+
+Engine::Targets Engine::await_targets(const Task& task) {
+    Job& job = *task.job;
+    if (!task.ahead) return job.stopped_ ? Targets::stopped : Targets::known;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        if (job.stopped_) return Targets::stopped;
+        if (task.chunk->group < job.admitted_) return Targets::known;
+        if (std::ranges::any_of(jobs_, [](const auto& other) { return waits(*other); })) {
+            --job.under_way_;
+            job.left_.insert(static_cast<std::size_t>(task.chunk - job.cut_.chunks.data()));
+            return Targets::later;
+        }
         changed_.wait(lock);
     }
 }

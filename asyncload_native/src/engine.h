@@ -62,11 +62,22 @@ class Engine {
     struct Task {
         std::shared_ptr<Job> job;
         const Chunk* chunk;
+        bool in_place;  // the host may write tensors where they go
+        bool ahead;     // it is read before its targets are known
     };
 
     std::optional<Task> take(bool wait);
-    // Under the lock: whether a chunk of it may be taken.
+    // Whether a chunk that was taken ahead has its targets: it waits until that is so, or its job has been stopped, or
+    // another job needs the thread, and then the chunk is to be taken once more.
+    enum class Targets : std::uint8_t { known, stopped, later };
+    Targets await_targets(const Task& task);
+    // Under the lock: the next chunk's number, if there is one; whether it may be moved, or at least be read.
+    static std::optional<std::size_t> next(const Job& job);
     static bool waits(const Job& job);
+    bool waits_to_be_read(const Job& job) const;
+    // Under the lock: whether the host may write tensors where they go, as nothing on the device has to be waited for
+    // or timed. Asked once for a chunk: a test may change the answer.
+    bool in_place(const Job& job) const;
     // Under the lock; both return a job that has nothing left to do, once, to be settled without the lock.
     std::shared_ptr<Job> stop(Job& job);
     std::shared_ptr<Job> take_ended(Job& job);

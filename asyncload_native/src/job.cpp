@@ -6,13 +6,14 @@
 namespace asyncload {
 
 Job::Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
-         std::uint32_t rising, Wake wake, bool to_host, bool timed)
+         std::uint32_t rising, Wake wake, bool to_host, bool timed, bool ahead)
     : files_(std::move(files)),
       tensors_(std::move(tensors)),
       cut_(cut(tensors_, chunk_size, rising)),
       wake_(wake),
       to_host_(to_host),
       timed_(timed),
+      ahead_(ahead),
       groups_(tensors_.size()),
       targets_(tensors_.size()),
       spans_(timed) {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -58,9 +59,10 @@ class Job : public std::enable_shared_from_this<Job> {
 
     // Cuts the tensors into chunks, as `cut` does, and throws as it does, and `std::system_error` where there is no
     // descriptor left. `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded
-    // around the copies of each chunk, and what the threads do is noted.
+    // around the copies of each chunk, and what the threads do is noted. `ahead`: as all of it will be admitted at
+    // once, threads that have nothing else to do may read chunks into their buffers before that.
     Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
-        std::uint32_t rising, Wake wake, bool to_host, bool timed);
+        std::uint32_t rising, Wake wake, bool to_host, bool timed, bool ahead);
     Job(const Job&) = delete;
     Job& operator=(const Job&) = delete;
 
@@ -99,6 +101,7 @@ class Job : public std::enable_shared_from_this<Job> {
     const Wake wake_;
     const bool to_host_;
     const bool timed_;
+    const bool ahead_;
     std::vector<std::uint32_t> groups_;
 
     // Written before the first of a group's chunks is taken, under the engine's lock.
@@ -109,6 +112,7 @@ class Job : public std::enable_shared_from_this<Job> {
 
     // The engine's, under its lock.
     std::size_t next_ = 0;         // chunk
+    std::set<std::size_t> left_;   // chunks before that, which were read ahead and left for another job
     std::uint32_t admitted_ = 0;   // groups
     std::uint32_t under_way_ = 0;  // chunks
     std::atomic<bool> stopped_ = false;

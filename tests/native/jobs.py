@@ -105,6 +105,7 @@ class Tensors:
         wake: str = "END",
         skip: Sequence[int] = (),
         timed: bool = False,
+        ahead: bool = False,
     ) -> Job:
         """A job that moves all of them, or that decodes all of them at one place."""
         from asyncload_native import Job, Wake
@@ -114,7 +115,8 @@ class Tensors:
             (0, offset, nbytes, growth * nbytes, decode, 1, growth, kernel, 1, index in skip)
             for index, (offset, nbytes) in enumerate(zip(self.offsets, self.sizes, strict=True))
         ]
-        return Job([file], np.array(rows, np.uint64).reshape(-1, 10), CHUNK, 0, Wake[wake], to_host=False, timed=timed)
+        table = np.array(rows, np.uint64).reshape(-1, 10)
+        return Job([file], table, CHUNK, 0, Wake[wake], to_host=False, timed=timed, ahead=ahead)
 
     def start(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import random
 import select
 import threading
@@ -62,6 +63,7 @@ class Loads:
         sizes: Sequence[int] = SIZES,
         timed: bool = False,
         admit: bool = True,
+        ahead: bool = False,
     ) -> tuple[Job, list[int]]:
         """Submits the file's tensors; with a kernel, which repeats each block of 32 bytes, decoded on the device."""
         from asyncload_native import File, Job, Wake
@@ -73,7 +75,7 @@ class Loads:
             offset = sum(SIZES[: len(rows)])
             decode = (DEVICE, 32, 64, *kernel) if kernel else (NONE, 1, 1, 0, 0)
             rows.append((0, offset, nbytes, 2 * nbytes if kernel else nbytes, *decode, 0))
-        job = Job([file], np.array(rows, np.uint64), CHUNK, 0, Wake.END, to_host=False, timed=timed)
+        job = Job([file], np.array(rows, np.uint64), CHUNK, 0, Wake.END, to_host=False, timed=timed, ahead=ahead)
         targets = [self.cuda.make("cuMemAlloc_v2", max(row[3], 1)) for row in rows]
         engine.submit(job, self.scratch if kernel else [], after)
         if admit:
@@ -84,6 +86,12 @@ class Loads:
         """What a tensor holds as it is in the file."""
         offset = sum(SIZES[:index])
         return self.content[offset : offset + SIZES[index]]
+
+    def arrived(self, targets: Sequence[int]) -> bool:
+        """Whether all tensors are there."""
+        return all(
+            ctypes.string_at(address, SIZES[index]) == self.expected(index) for index, address in enumerate(targets)
+        )
 
 
 @pytest.fixture
@@ -149,11 +157,84 @@ def test_nor_is_there_with_none(loads: Loads, engine: Engine) -> None:
     assert ended(job)
 
 
+class TestReadingAhead:
+    """Chunks that are read before it is known where they go: each thread has one, and waits with it."""
+
+    @pytest.fixture
+    def waiting(self, loads: Loads, engine: Engine) -> tuple[Job, list[int]]:
+        """A job with whose chunks all threads wait, and where it goes."""
+        job, targets = loads.begin(engine, admit=False, ahead=True)
+        until(lambda: job.times().read_nbytes == THREADS * CHUNK)
+        return job, targets
+
+    def admit(self, engine: Engine, job: Job, targets: Sequence[int]) -> None:
+        engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
+
+    def test_nothing_is_copied_before_it_is_admitted(
+        self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
+    ) -> None:
+        assert loads.cuda.calls("cuMemcpyHtoDAsync_v2") == 0
+        self.admit(engine, *waiting)
+        assert ended(waiting[0])
+        assert loads.arrived(waiting[1])
+        assert waiting[0].times().read_nbytes == sum(SIZES)  # each once
+
+    def test_nor_the_groups_behind_those_admitted(
+        self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
+    ) -> None:
+        job, targets = waiting
+        engine.admit(job, 1, 0, np.array(targets[:1], np.uint64))
+        until(lambda: job.times().read_nbytes == SIZES[0] + 101 + CHUNK)  # the small ones share a chunk
+        until(lambda: job.times().uploaded_nbytes == SIZES[0])
+        assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
+        self.admit(engine, *waiting)
+        assert ended(job)
+        assert loads.arrived(targets)
+
+    def test_a_job_that_is_cancelled_ends(self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]) -> None:
+        engine.cancel(waiting[0])
+        assert ended(waiting[0])
+        assert loads.cuda.calls("cuMemcpyHtoDAsync_v2") == 0
+
+    def test_so_does_one_whose_engine_is_closed(self, engine: Engine, waiting: tuple[Job, list[int]]) -> None:
+        engine.close()
+        assert ended(waiting[0])
+
+    def test_another_job_has_the_threads_meanwhile(
+        self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
+    ) -> None:
+        other, others_targets = loads.begin(engine, ahead=True)
+        assert ended(other)
+        assert loads.arrived(others_targets)
+        assert waiting[0].times().uploaded_nbytes == 0
+        self.admit(engine, *waiting)
+        assert ended(waiting[0])
+        assert loads.arrived(waiting[1])
+
+    def test_of_two_that_wait_either_may_be_admitted(
+        self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
+    ) -> None:
+        other, others_targets = loads.begin(engine, admit=False, ahead=True)
+        self.admit(engine, other, others_targets)
+        assert ended(other)
+        assert loads.arrived(others_targets)
+        engine.cancel(waiting[0])
+        assert ended(waiting[0])
+
+    def test_a_read_that_fails_ends_the_job(self, loads: Loads, engine: Engine) -> None:
+        os.truncate(loads.path, CHUNK)
+        job, _ = loads.begin(engine, admit=False, ahead=True)
+        assert failure_of(job).tensor == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("known", [(), (0,), (1, 3), (len(SIZES) - 1,)])
-def test_tensors_are_moved_as_they_are_allocated(loads: Loads, engine: Engine, known: Sequence[int]) -> None:
+def test_tensors_are_moved_as_they_are_allocated(
+    loads: Loads, engine: Engine, known: Sequence[int], ahead: bool
+) -> None:
     from asyncload_native import Admission
 
-    job, targets = loads.begin(engine, admit=False)
+    job, targets = loads.begin(engine, admit=False, ahead=ahead)
     awaited = [index for index in range(len(SIZES)) if index not in known]
     admission = Admission(engine, job, np.array(targets, np.uint64), awaited)
     fitting = len(awaited) - 1
@@ -183,8 +264,7 @@ def test_bytes_arrive(loads: Loads, engine: Engine, timed: bool) -> None:
     assert ended(job)
     assert job.poll().failure is None
     assert loads.cuda.calls("cuEventSynchronize") == 0  # no interrupt for each chunk
-    for index, (address, size) in enumerate(zip(targets, SIZES, strict=True)):
-        assert ctypes.string_at(address, size) == loads.expected(index)
+    assert loads.arrived(targets)
 
 
 def test_what_the_device_decodes_is_whole(loads: Loads, engine: Engine) -> None:

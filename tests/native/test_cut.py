@@ -171,7 +171,7 @@ def test_a_group_is_moved_once_all_of_its_tensors_are_admitted(plans: list[Tenso
     from asyncload_native import Job, Wake
 
     plan = LoadPlan(tuple(plans), 1 << 20)
-    job = Job([], rows(plan, skipped), 1 << 20, 3, Wake.END, to_host=False, timed=False)
+    job = Job([], rows(plan, skipped), 1 << 20, 3, Wake.END, to_host=False, timed=False, ahead=False)
     job.close()
     groups = [math.nan] * len(plans)
     for chunk in plan.chunks(skipped):

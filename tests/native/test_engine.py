@@ -43,6 +43,13 @@ def device() -> HostDevice:
     return HostDevice()
 
 
+@pytest.fixture
+def paced(device: HostDevice, request: pytest.FixtureRequest) -> HostDevice:
+    """One that is slow, late or poisons what it has copied."""
+    device.set_pace(*request.param)
+    return device
+
+
 class Targets:
     """Memory for all tensors, and the scratch of two threads."""
 
@@ -84,15 +91,17 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("pace", [(0.0, 0.0, False), (0.0, 0.0, True), (200e6, 0.0, True), (0.0, 1e-3, False)])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    "paced", [(0.0, 0.0, False), (0.0, 0.0, True), (200e6, 0.0, True), (0.0, 1e-3, False)], indirect=True
+)
 @pytest.mark.parametrize("decode", PLACES)
 def test_every_tensor_comes_where_it_was_to_come(
-    tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, pace: tuple[float, float, bool]
+    tensors: Tensors, paced: HostDevice, stub_cuda: StubCuda, decode: int, ahead: bool
 ) -> None:
-    device.set_pace(*pace)
     targets = Targets(tensors, decode)
-    with open_engine(device) as engine:
-        job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double, wake="CHUNK", skip=[4])
+    with open_engine(paced) as engine:
+        job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double, wake="CHUNK", skip=[4], ahead=ahead)
         tensors.start(engine, job, targets.addresses, scratch=targets.scratch)
         outcome = wait(job)
         assert not engine.busy
@@ -120,7 +129,7 @@ def test_what_is_changed_on_the_way_counts_from_the_next_chunk_on(tensors: Tenso
         with open_engine(device) as engine:
             for _ in range(100):
                 targets = Targets(tensors)
-                job = tensors.job(tensors.open())
+                job = tensors.job(tensors.open(), ahead=True)
                 tensors.start(engine, job, targets.addresses)
                 assert wait(job).failure is None
                 assert all(targets.right(index) for index in range(len(SIZES)))
@@ -388,7 +397,11 @@ class TestTheInterpreterLock:
                 decode = rng.choice(PLACES)
                 targets = Targets(tensors, decode)
                 job = tensors.job(
-                    tensors.open(), decode=decode, kernel=stub_cuda.double, wake=rng.choice(["END", "CHUNK"])
+                    tensors.open(),
+                    decode=decode,
+                    kernel=stub_cuda.double,
+                    wake=rng.choice(["END", "CHUNK"]),
+                    ahead=rng.choice([True, False]),
                 )
                 tensors.start(engine, job, targets.addresses, scratch=targets.scratch)
                 kept.append(targets)  # until the engine is closed, as nobody waits for what is dropped

@@ -132,7 +132,7 @@ def test_a_job_without_a_file_is_refused() -> None:
 
     files: list[Any] = [None]
     with pytest.raises(TypeError):
-        Job(files, np.zeros((0, 10), np.uint64), CHUNK, 0, Wake.END, to_host=False, timed=False)
+        Job(files, np.zeros((0, 10), np.uint64), CHUNK, 0, Wake.END, to_host=False, timed=False, ahead=False)
 
 
 def test_a_ring_is_kept_as_long_as_its_engine() -> None:
