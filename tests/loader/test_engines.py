@@ -90,10 +90,8 @@ def _returning(value: object) -> Callable[..., object]:
 async def says_where(error: SourceReadError | CopyError, path: Path) -> bool:
     """Whether it names a tensor and an offset in the file at which that has bytes."""
     tensors = (await read_header(path)).tensors
-    if error.tensor not in tensors or error.offset is None:
-        return False
-    info = tensors[error.tensor]
-    return info.offset <= error.offset < info.offset + info.nbytes
+    info = tensors.get(error.tensor or "")
+    return info is not None and error.offset is not None and 0 <= error.offset - info.offset < info.nbytes
 
 
 class TestFailures:
