@@ -104,7 +104,7 @@ class Job : public std::enable_shared_from_this<Job> {
     const bool ahead_;
     std::vector<std::uint32_t> groups_;
 
-    // Written before the first of a group's chunks is taken, under the engine's lock.
+    // Written, under the engine's lock, before the first of a group's chunks is copied.
     std::vector<Address> targets_;               // by tensor
     std::vector<Address> scratch_;               // by the engine's thread
     std::vector<std::shared_ptr<Event>> after_;  // that the streams wait for, on the device, before the first chunk
