@@ -28,7 +28,7 @@ _FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
 _PAUSE: Final = 0.0003  # seconds of a pause at the most, and of a step of it; the kernel adds some 60 microseconds
 _STEP: Final = 0.00005
-_BETWEEN_PAUSES: Final = 0.001  # seconds of work for which an event loop may wait
+_BETWEEN_PAUSES: Final = 0.0005  # seconds of work for which an event loop may wait
 
 
 class OpenedModel:
@@ -177,10 +177,10 @@ class Pause:
     """Called now and then by a loop on a thread, lets the event loop have the interpreter lock, else kept for 5 ms.
 
     It is made on the event loop's thread, which waits for the lock only if it has run: as long as its processor time
-    stands still there is nothing to pause for. A pause goes on until the event loop has nothing more to do (uvloop
-    gives the lock up between a timer and the task that it wakes, for example), but not for long, and comes after a
-    millisecond of work at the earliest. Where another thread does not give the lock back before the interpreter makes
-    it, the next one comes after as much work as this one took.
+    stands still there is nothing to pause for. A pause goes on until the event loop has had a core and then nothing
+    more to do (uvloop gives the lock up between a timer and the task that it wakes, for example), but not for long, and
+    comes after half a millisecond of work at the earliest. Where another thread does not give the lock back before the
+    interpreter makes it, the next one comes after as much work as this one took.
     """
 
     def __init__(self) -> None:
@@ -194,15 +194,15 @@ class Pause:
 
     def __call__(self) -> None:
         begin = end = time.perf_counter()
-        if begin < self._not_before:
+        if begin < self._not_before or (now := self._processor_time()) == self._seen:
             return
-        while end - begin < _PAUSE and (seen := self._processor_time()) != self._seen:
-            self._seen = seen  # as it was before: what runs meanwhile may wait for the lock at its end
+        before = now
+        while end - begin < _PAUSE and not before < now == self._seen:
+            self._seen = now  # as it was before: what runs meanwhile may wait for the lock at its end
             time.sleep(_STEP)
-            end = time.perf_counter()
-        if end > begin:
-            kept = end - begin >= sys.getswitchinterval()
-            self._not_before = end + (end - begin if kept else _BETWEEN_PAUSES)
+            now, end = self._processor_time(), time.perf_counter()
+        kept = end - begin >= sys.getswitchinterval()
+        self._not_before = end + (end - begin if kept else _BETWEEN_PAUSES)
 
 
 def _processor_time() -> Callable[[], int]:
