@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -26,9 +24,9 @@ RunBlocking = Callable[..., Awaitable[Any]]
 
 _FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
-_PAUSE: Final = 0.0003  # seconds of a pause at the most, and of a step of it; the kernel adds some 60 microseconds
-_STEP: Final = 0.00005
-_BETWEEN_PAUSES: Final = 0.0005  # seconds of work for which an event loop may wait
+_PAUSE: Final = 0.0003  # seconds in which an event loop wakes up and takes the lock, twice for each of its timers
+_BETWEEN_PAUSES: Final = 0.001  # seconds of work for which others may wait
+_BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
 
 
 class OpenedModel:
@@ -174,39 +172,30 @@ def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
 
 
 class Pause:
-    """Called now and then by a loop on a thread, lets the event loop have the interpreter lock, else kept for 5 ms.
+    """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
 
-    It is made on the event loop's thread, which waits for the lock only if it has run: as long as its processor time
-    stands still there is nothing to pause for. A pause goes on until the event loop has had a core and then nothing
-    more to do (uvloop gives the lock up between a timer and the task that it wakes, for example), but not for long, and
-    comes after half a millisecond of work at the earliest. Where another thread does not give the lock back before the
-    interpreter makes it, the next one comes after as much work as this one took.
+    It sleeps long enough for an event loop that waits for the lock to wake up and do what is due: uvloop gives the lock
+    up between a timer and the task that it wakes, and after a shorter sleep the loop here has it back in between. The
+    first one and the next come after a millisecond of work each. Where another thread does not give the lock back
+    before the interpreter makes it, the next one comes after as much work as this one took, and the first one of a loop
+    that begins soon after when the interpreter would make it give the lock up.
     """
 
+    _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
+
     def __init__(self) -> None:
-        self._processor_time = _processor_time()
         self.begin()
 
     def begin(self) -> None:
         """The loop begins now."""
-        self._seen = self._processor_time()
-        self._not_before = time.perf_counter() + _BETWEEN_PAUSES
+        now = time.perf_counter()
+        self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _BETWEEN_PAUSES)
 
     def __call__(self) -> None:
-        begin = end = time.perf_counter()
-        if begin < self._not_before or (now := self._processor_time()) == self._seen:
-            return
-        before = now
-        while end - begin < _PAUSE and not before < now == self._seen:
-            self._seen = now  # as it was before: what runs meanwhile may wait for the lock at its end
-            time.sleep(_STEP)
-            now, end = self._processor_time(), time.perf_counter()
-        kept = end - begin >= sys.getswitchinterval()
-        self._not_before = end + (end - begin if kept else _BETWEEN_PAUSES)
-
-
-def _processor_time() -> Callable[[], int]:
-    """What the calling thread has run for, whoever asks; where the system does not tell that, it runs all the time."""
-    if sys.platform != "linux":
-        return time.perf_counter_ns
-    return partial(time.clock_gettime_ns, time.pthread_getcpuclockid(threading.get_ident()))
+        begin = time.perf_counter()
+        if begin >= self._not_before:
+            time.sleep(_PAUSE)
+            end = time.perf_counter()
+            kept = end - begin >= sys.getswitchinterval()
+            Pause._kept_until = end + _BELIEVED if kept else 0.0
+            self._not_before = end + (end - begin if kept else _BETWEEN_PAUSES)
