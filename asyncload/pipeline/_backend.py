@@ -86,7 +86,7 @@ class Transfer(Protocol):
         ...
 
     async def end(self) -> None:
-        """Gives back what ``prepare`` took; what was admitted and never run is given up, and waited for."""
+        """Gives back what ``prepare`` took; what was admitted or read, and never run, is given up and waited for."""
         ...
 
 

@@ -302,11 +302,12 @@ class NativeTransfer:
     def _hear(self) -> bool:
         """Takes the news; whether they were the last."""
         self._news = news = self._job.poll()
+        landed = news.landed  # made anew each time
         self._landed += news.moved
-        self._missing -= len(news.landed)
+        self._missing -= len(landed)
         try:
-            if news.landed:
-                self._sink.landed(news.landed)
+            if landed:
+                self._sink.landed(landed)
             if news.moved:
                 self._sink.moved(news.moved)
         except BaseException as error:  # noqa: BLE001 - a callback's for example: it comes out of run, at the end

@@ -52,10 +52,10 @@ struct Cut {
     std::vector<Segment> segments;
 };
 
-// Cuts tensors, given in file order. Of the chunks that large tensors are cut into, the first `rising` ones, if there
-// are so many, rise in size step by step: so the first copy does not wait for a whole chunk, and that many threads,
-// which begin together, do not end their reads together. Throws `std::invalid_argument` if a block and its decoded form
-// do not fit a buffer.
+// Cuts tensors, given in file order. Where they have the bytes of `rising` chunks at least, so many rise in size step
+// by step, the first ones, as far as large tensors are cut into them: so the first copy does not wait for a whole
+// chunk, and that many threads, which begin together, do not end their reads together. Throws `std::invalid_argument`
+// if a block and its decoded form do not fit a buffer.
 Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size, std::uint32_t rising = 0);
 
 }  // namespace asyncload

@@ -85,16 +85,16 @@ class Engine::Worker {
             device_.attach();
             kind = Failure::Kind::copy;
             const auto bytes = place(lane, task, segments);
-            if (!read(job, chunk, bytes)) return engine_.report(task, End::given_up);
-            if (!decode(lane, task, segments)) {
+            Next next = read(task, bytes);
+            if (next == Next::go_on && !decode(lane, task, segments)) {
                 flight.failure = describe(DeviceError("the decoding kernel failed", ""), Failure::Kind::decode, task);
-            } else {
+            } else if (next == Next::go_on) {
                 while (task.ahead && under_way()) land_oldest();  // or it would be heard of late
-                const auto targets = engine_.await_targets(task);
-                if (targets == Targets::later) return;
-                if (targets == Targets::stopped) return engine_.report(task, End::given_up);
-                upload(lane, task, segments, bytes, flight);
+                next = engine_.await_targets(task);
+                if (next == Next::go_on) upload(lane, task, segments, bytes, flight);
             }
+            if (next == Next::left) return;
+            if (next == Next::give_up) return engine_.report(task, End::given_up);
         } catch (const ReadError& error) {
             flight.failure = describe(error, tensor, chunk.file);
         } catch (const std::exception& error) {
@@ -121,11 +121,13 @@ class Engine::Worker {
         return lane.buffer.first(task.chunk->nbytes);
     }
 
-    // Reads, as often as the options say where the reason of a failure may pass; false if the job is stopped meanwhile.
-    bool read(Job& job, const Chunk& chunk, std::span<std::byte> bytes) {
+    // Reads, as often as the options say where the reason of a failure may pass.
+    Next read(const Task& task, std::span<std::byte> bytes) {
+        Job& job = *task.job;
+        const Chunk& chunk = *task.chunk;
         const auto begin = Clock::now();
         for (std::uint32_t attempt = 0;; ++attempt) {
-            if (job.stopped_) return false;
+            if (job.stopped_) return Next::give_up;
             try {
                 job.choice_->read(readers_, *job.files_[chunk.file], chunk.offset, bytes);
                 job.files_[chunk.file]->check_unchanged();
@@ -138,7 +140,8 @@ class Engine::Worker {
                 ++job.times_.retries;
             }
             while (under_way()) land_oldest();
-            if (!engine_.pause(job, std::ldexp(engine_.options_.retry_delay, static_cast<int>(attempt)))) return false;
+            const double delay = std::ldexp(engine_.options_.retry_delay, static_cast<int>(attempt));
+            if (const Next next = engine_.pause(task, delay); next != Next::go_on) return next;
         }
         job.spans_.note(Span::What::read, index_, job.cut_.segments[chunk.first_segment].tensor, begin);
         {
@@ -147,7 +150,7 @@ class Engine::Worker {
             job.times_.read_nbytes += chunk.nbytes;
         }
         make_way();
-        return true;
+        return Next::go_on;
     }
 
     // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
@@ -415,6 +418,7 @@ bool Engine::in_place(const Job& job) const {
 
 std::optional<Engine::Task> Engine::take(bool wait) {
     std::unique_lock lock(mutex_);
+    if (std::exchange(leaving_, false)) changed_.notify_all();
     for (;;) {
         // Of the jobs that have something to do, the one with the least under way, so that a small one beside a large
         // one has its share at once; of equal ones, in turn.
@@ -440,19 +444,36 @@ std::optional<Engine::Task> Engine::take(bool wait) {
     }
 }
 
-Engine::Targets Engine::await_targets(const Task& task) {
+bool Engine::leave(const Task& task) {
     Job& job = *task.job;
-    if (!task.ahead) return job.stopped_ ? Targets::stopped : Targets::known;
+    if (!task.ahead || leaving_ || task.chunk->group < job.admitted_) return false;
+    if (std::ranges::none_of(jobs_, [](const auto& other) { return waits(*other); })) return false;
+    job.left_.insert(static_cast<std::size_t>(task.chunk - job.cut_.chunks.data()));
+    --job.under_way_;
+    return leaving_ = true;
+}
+
+Engine::Next Engine::await_targets(const Task& task) {
+    const Job& job = *task.job;
+    if (!task.ahead) return job.stopped_ ? Next::give_up : Next::go_on;
     std::unique_lock lock(mutex_);
     for (;;) {
-        if (job.stopped_) return Targets::stopped;
-        if (task.chunk->group < job.admitted_) return Targets::known;
-        if (std::ranges::any_of(jobs_, [](const auto& other) { return waits(*other); })) {
-            --job.under_way_;
-            job.left_.insert(static_cast<std::size_t>(task.chunk - job.cut_.chunks.data()));
-            return Targets::later;
-        }
+        if (job.stopped_) return Next::give_up;
+        if (task.chunk->group < job.admitted_) return Next::go_on;
+        if (leave(task)) return Next::left;
         changed_.wait(lock);
+    }
+}
+
+Engine::Next Engine::pause(const Task& task, double seconds) {
+    const Job& job = *task.job;
+    std::unique_lock lock(mutex_);
+    const auto until = Clock::now() + std::chrono::duration<double>(seconds);
+    for (;;) {
+        if (job.stopped_) return Next::give_up;
+        if (leave(task)) return Next::left;
+        if (changed_.wait_until(lock, until) == std::cv_status::timeout)
+            return job.stopped_ ? Next::give_up : Next::go_on;
     }
 }
 
@@ -473,12 +494,6 @@ void Engine::report(const Task& task, End end, Failure failure) {
         ended = end == End::failed ? stop(job) : take_ended(job);
     }
     if (ended) ended->settle();
-}
-
-bool Engine::pause(const Job& job, double seconds) {
-    std::unique_lock lock(mutex_);
-    const auto until = Clock::now() + std::chrono::duration<double>(seconds);
-    return !changed_.wait_until(lock, until, [&] { return job.stopped_.load(); });
 }
 
 }  // namespace asyncload

@@ -67,10 +67,16 @@ class Engine {
     };
 
     std::optional<Task> take(bool wait);
-    // Whether a chunk that was taken ahead has its targets: it waits until that is so, or its job has been stopped, or
-    // another job needs the thread, and then the chunk is to be taken once more.
-    enum class Targets : std::uint8_t { known, stopped, later };
-    Targets await_targets(const Task& task);
+    // How a thread goes on with a chunk that it has waited with: its job may have been stopped; or the thread is needed
+    // for another job, and has left the chunk, which will be taken once more.
+    enum class Next : std::uint8_t { go_on, give_up, left };
+    // Waits until the targets of a chunk that was taken ahead are known.
+    Next await_targets(const Task& task);
+    // Waits before a read is made again.
+    Next pause(const Task& task, double seconds);
+    // Under the lock: leaves a chunk that was taken ahead and has no targets yet, if another job has one to be moved.
+    // One thread at a time: the next when that one has found work.
+    bool leave(const Task& task);
     // Under the lock: the next chunk's number, if there is one; whether it may be moved, or at least be read.
     static std::optional<std::size_t> next(const Job& job);
     static bool waits(const Job& job);
@@ -84,7 +90,6 @@ class Engine {
     // A chunk has ended: it arrived, or failed, or was given up.
     enum class End : std::uint8_t { arrived, failed, given_up };
     void report(const Task& task, End end, Failure failure = {});
-    bool pause(const Job& job, double seconds);
 
     const std::shared_ptr<Device> device_;
     const Options options_;
@@ -92,6 +97,7 @@ class Engine {
     std::condition_variable changed_;
     std::deque<std::shared_ptr<Job>> jobs_;  // that have not ended
     bool closing_ = false;
+    bool leaving_ = false;  // a thread has left a chunk, and not yet taken another
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<std::thread> threads_;
 };

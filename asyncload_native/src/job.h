@@ -59,8 +59,9 @@ class Job : public std::enable_shared_from_this<Job> {
 
     // Cuts the tensors into chunks, as `cut` does, and throws as it does, and `std::system_error` where there is no
     // descriptor left. `to_host`: the targets are memory of the host, whatever the device. `timed`: events are recorded
-    // around the copies of each chunk, and what the threads do is noted. `ahead`: as all of it will be admitted at
-    // once, threads that have nothing else to do may read chunks into their buffers before that.
+    // around the copies of each chunk, and what the threads do is noted. `ahead`: as all of it will be admitted
+    // without waiting for what has come, threads that have nothing else to do may read chunks into their buffers
+    // before.
     Job(std::vector<std::shared_ptr<const File>> files, std::vector<TensorWork> tensors, std::uint64_t chunk_size,
         std::uint32_t rising, Wake wake, bool to_host, bool timed, bool ahead);
     Job(const Job&) = delete;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,9 +127,12 @@ class Tensors:
         *,
         scratch: Sequence[int] = (),
         after: Sequence[Event] = (),
+        ahead: bool = False,
     ) -> None:
-        """Has it moved to these addresses."""
+        """Has it moved to these addresses, or ``ahead`` of that read first."""
         engine.submit(job, scratch, after)
+        while ahead and not job.times().read_nbytes:
+            time.sleep(0.001)
         engine.admit(job, max(job.groups, default=-1) + 1, 0, np.array(targets, np.uint64))
 
     def wanted(self, index: int, decode: int = NOWHERE) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import random
@@ -48,11 +49,14 @@ class Loads:
         self.device: CudaDevice = CudaDevice(Driver(cuda.path), 0)
         self.scratch = [cuda.make("cuMemAlloc_v2", CHUNK) for _ in range(THREADS)]
 
-    def make_engine(self) -> Engine:
-        """On the device."""
+    def make_engine(self, *, buffers: int = BUFFERS, retry_delay: float | None = None) -> Engine:
+        """On the device; it reads again after such a delay, if there is one."""
         from asyncload_native import Engine
 
-        return Engine(self.device, self, CHUNK, THREADS, BUFFERS, nice=0, retries=0, retry_delay=0.0)
+        retries = 0 if retry_delay is None else 3
+        return Engine(
+            self.device, self, CHUNK, THREADS, buffers, nice=0, retries=retries, retry_delay=retry_delay or 0.0
+        )
 
     def begin(
         self,
@@ -64,11 +68,14 @@ class Loads:
         timed: bool = False,
         admit: bool = True,
         ahead: bool = False,
+        failing: Sequence[int] = (),
     ) -> tuple[Job, list[int]]:
         """Submits the file's tensors; with a kernel, which repeats each block of 32 bytes, decoded on the device."""
         from asyncload_native import File, Job, Wake
 
         file, _ = File.open(bytes(self.path), 0)
+        for number in failing:
+            file.fail_read(number, errno.EIO)
         rows: list[tuple[int, ...]] = []
         for size in sizes:
             nbytes = size // 32 * 32 if kernel else size
@@ -210,6 +217,48 @@ class TestReadingAhead:
         self.admit(engine, *waiting)
         assert ended(waiting[0])
         assert loads.arrived(waiting[1])
+
+    def test_and_the_first_may_be_cancelled_then(
+        self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
+    ) -> None:
+        other, _ = loads.begin(engine, ahead=True)
+        assert ended(other)
+        engine.cancel(waiting[0])
+        assert ended(waiting[0])
+        assert not engine.busy
+
+    def test_also_before_a_read_is_made_again(self, loads: Loads) -> None:
+        engine = loads.make_engine(retry_delay=3600.0)
+        job, targets = loads.begin(engine, admit=False, ahead=True, failing=[1, 2])
+        until(lambda: job.times().retries == THREADS)
+        other, others_targets = loads.begin(engine, ahead=True)
+        assert ended(other)
+        assert loads.arrived(others_targets)
+        self.admit(engine, job, targets)
+        assert ended(job)
+        assert loads.arrived(targets)
+        engine.close()
+
+    def test_a_buffer_a_thread_is_enough(self, loads: Loads) -> None:
+        engine = loads.make_engine(buffers=THREADS)
+        job, targets = loads.begin(engine, admit=False, ahead=True)
+        until(lambda: job.times().read_nbytes == THREADS * CHUNK)
+        other, others_targets = loads.begin(engine)
+        assert ended(other)
+        self.admit(engine, job, targets)
+        assert ended(job)
+        assert loads.arrived(targets)
+        assert loads.arrived(others_targets)
+        engine.close()
+
+    def test_copies_are_timed_and_wait_for_what_is_before_them(self, loads: Loads, engine: Engine) -> None:
+        before = loads.device.adopt_event(loads.cuda.make("cuEventCreate", 0))
+        job, targets = loads.begin(engine, admit=False, ahead=True, timed=True, after=[before])
+        until(lambda: job.times().read_nbytes == THREADS * CHUNK)
+        self.admit(engine, job, targets)
+        assert ended(job)
+        assert loads.arrived(targets)
+        assert sum(map(len, job.copies())) == 4 + 1 + 16 + 3
 
     def test_of_two_that_wait_either_may_be_admitted(
         self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]

@@ -43,13 +43,6 @@ def device() -> HostDevice:
     return HostDevice()
 
 
-@pytest.fixture
-def paced(device: HostDevice, request: pytest.FixtureRequest) -> HostDevice:
-    """One that is slow, late or poisons what it has copied."""
-    device.set_pace(*request.param)
-    return device
-
-
 class Targets:
     """Memory for all tensors, and the scratch of two threads."""
 
@@ -91,18 +84,22 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize(
-    "paced", [(0.0, 0.0, False), (0.0, 0.0, True), (200e6, 0.0, True), (0.0, 1e-3, False)], indirect=True
-)
+PACES = [(0.0, 0.0, False), (0.0, 0.0, True), (200e6, 0.0, True), (0.0, 1e-3, False)]
+
+
+@pytest.mark.parametrize(("pace", "ahead"), [(pace, False) for pace in PACES] + [(pace, True) for pace in PACES[1:]])
 @pytest.mark.parametrize("decode", PLACES)
 def test_every_tensor_comes_where_it_was_to_come(
-    tensors: Tensors, paced: HostDevice, stub_cuda: StubCuda, decode: int, ahead: bool
+    tensors: Tensors, stub_cuda: StubCuda, decode: int, pace: tuple[float, float, bool], ahead: bool
 ) -> None:
+    from asyncload_native import HostDevice
+
+    device = HostDevice()
+    device.set_pace(*pace)
     targets = Targets(tensors, decode)
-    with open_engine(paced) as engine:
+    with open_engine(device) as engine:
         job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double, wake="CHUNK", skip=[4], ahead=ahead)
-        tensors.start(engine, job, targets.addresses, scratch=targets.scratch)
+        tensors.start(engine, job, targets.addresses, scratch=targets.scratch, ahead=ahead)
         outcome = wait(job)
         assert not engine.busy
     assert outcome.failure is None
