@@ -221,11 +221,13 @@ class TestReadingAhead:
     def test_and_the_first_may_be_cancelled_then(
         self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
     ) -> None:
-        other, _ = loads.begin(engine, ahead=True)
-        assert ended(other)
+        loads.cuda.hold(True)
+        other, _ = loads.begin(engine)
+        until(lambda: other.times().read_nbytes == BUFFERS * CHUNK)  # which all wait for their copies
         engine.cancel(waiting[0])
         assert ended(waiting[0])
-        assert not engine.busy
+        loads.cuda.hold(False)
+        assert ended(other)
 
     def test_also_before_a_read_is_made_again(self, loads: Loads) -> None:
         engine = loads.make_engine(retry_delay=3600.0)
