@@ -223,7 +223,7 @@ class TestReadingAhead:
     ) -> None:
         loads.cuda.hold(True)
         other, _ = loads.begin(engine)
-        until(lambda: other.times().read_nbytes == BUFFERS * CHUNK)  # which all wait for their copies
+        until(lambda: other.times().read_nbytes == SIZES[0])  # four chunks, which all wait for their copies
         engine.cancel(waiting[0])
         assert ended(waiting[0])
         loads.cuda.hold(False)
