@@ -266,10 +266,11 @@ class Job:
 
     def __init__(self, files: Sequence[File], tensors: Annotated[NDArray[numpy.uint64], dict(shape=(None, 10), order='C', device='cpu', writable=False)], chunk_size: int, rising: int, wake: Wake, to_host: bool, timed: bool, ahead: bool) -> None:
         """
-        Cuts tensors, in file order, into chunks, of which the first ``rising`` ones rise in size. A row has: file,
-        offset, bytes there, bytes of the target, where it is decoded (0 nowhere, 1 host, 2 device), bytes of a
-        block, bytes of it decoded, the kernel's handle, blocks for each of its groups, whether it is skipped.
-        ``ahead``: chunks may be read before they are admitted. Raises ValueError if a block does not fit a chunk.
+        Cuts tensors, in file order, into chunks, of which the first ``rising`` ones rise in size. A row has:
+        file, offset, bytes there, bytes of the target, where it is decoded (0 nowhere, 1 host, 2 device),
+        bytes of a block, bytes of it decoded, the kernel's handle, blocks for each of its groups, whether it is
+        skipped. ``ahead``: chunks may be read before they are admitted. Raises ValueError if a block does not
+        fit a chunk.
         """
 
     @property

@@ -74,8 +74,8 @@ def group_layers(tensors: Iterable[TensorInfo], step: Callable[[], None]) -> Map
     layers: dict[int, list[TensorInfo]] = {}
     for tensor in tensors:
         step()
-        if match := _LAYER.match(tensor.name):
-            layers.setdefault(int(match[1]), []).append(tensor)
+        if (layer := tensor.layer) is not None:
+            layers.setdefault(layer, []).append(tensor)
     return MappingProxyType({layer: tuple(layers[layer]) for layer in merge_sorted(layers, _itself, step)})
 
 

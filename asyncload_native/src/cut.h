@@ -56,6 +56,6 @@ struct Cut {
 // by step, the first ones, as far as large tensors are cut into them: so the first copy does not wait for a whole
 // chunk, and that many threads, which begin together, do not end their reads together. Throws `std::invalid_argument`
 // if a block and its decoded form do not fit a buffer.
-Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size, std::uint32_t rising = 0);
+Cut cut(const std::vector<TensorWork>& tensors, std::uint64_t chunk_size, std::uint32_t rising);
 
 }  // namespace asyncload

@@ -385,19 +385,19 @@ void bind_job(nb::module_& module) {
         .value("TENSOR", Job::Wake::tensor)
         .value("CHUNK", Job::Wake::chunk);
     nb::class_<Job>(module, "Job", "One load.")
-        .def(nb::new_([](std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
-                         std::uint32_t rising, Job::Wake wake, bool to_host, bool timed, bool ahead) {
-                 if (std::ranges::find(files, nullptr) != files.end()) throw nb::type_error("None is no file");
-                 return std::make_shared<Job>(std::vector<std::shared_ptr<const File>>(files.begin(), files.end()),
-                                              read_table(tensors), chunk_size, rising, wake, to_host, timed, ahead);
-             }),
-             "files"_a, "tensors"_a, "chunk_size"_a, "rising"_a, "wake"_a, "to_host"_a, "timed"_a, "ahead"_a,
-             "Cuts tensors, in file order, into chunks, of which the first ``rising`` ones rise in size. A row has: "
-             "file,\n"
-             "offset, bytes there, bytes of the target, where it is decoded (0 nowhere, 1 host, 2 device), bytes of a\n"
-             "block, bytes of it decoded, the kernel's handle, blocks for each of its groups, whether it is skipped.\n"
-             "``ahead``: chunks may be read before they are admitted. Raises ValueError if a block does not fit a "
-             "chunk.")
+        .def(
+            nb::new_([](std::vector<std::shared_ptr<File>> files, const Table& tensors, std::uint64_t chunk_size,
+                        std::uint32_t rising, Job::Wake wake, bool to_host, bool timed, bool ahead) {
+                if (std::ranges::find(files, nullptr) != files.end()) throw nb::type_error("None is no file");
+                return std::make_shared<Job>(std::vector<std::shared_ptr<const File>>(files.begin(), files.end()),
+                                             read_table(tensors), chunk_size, rising, wake, to_host, timed, ahead);
+            }),
+            "files"_a, "tensors"_a, "chunk_size"_a, "rising"_a, "wake"_a, "to_host"_a, "timed"_a, "ahead"_a,
+            "Cuts tensors, in file order, into chunks, of which the first ``rising`` ones rise in size. A row has:\n"
+            "file, offset, bytes there, bytes of the target, where it is decoded (0 nowhere, 1 host, 2 device),\n"
+            "bytes of a block, bytes of it decoded, the kernel's handle, blocks for each of its groups, whether it is\n"
+            "skipped. ``ahead``: chunks may be read before they are admitted. Raises ValueError if a block does not\n"
+            "fit a chunk.")
         .def_prop_ro("descriptor", &Job::descriptor, "An eventfd that is readable when there is news.")
         .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
         .def("poll", &Job::poll, "What has happened since it was last asked.")

@@ -28,10 +28,12 @@ from asyncload.gguf import GGMLType
 from asyncload.loader import Loader, read_header
 from asyncload.options import DecodeOption, EngineOption, Options
 from asyncload.pipeline._native import NativeTransfer
+from asyncload.plan import plan_load
 from asyncload.source import MemorySource
 from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
 from tests.loader.conftest import FailingFile
+from tests.native.jobs import job_table
 
 pytestmark = pytest.mark.anyio
 PACKAGE = str(Path(asyncload.__file__).parent) + os.sep
@@ -87,11 +89,15 @@ def _returning(value: object) -> Callable[..., object]:
     return function
 
 
-async def says_where(error: SourceReadError | CopyError, path: Path) -> bool:
-    """Whether it names a tensor and an offset in the file at which that has bytes."""
-    tensors = (await read_header(path)).tensors
-    info = tensors.get(error.tensor or "")
-    return info is not None and error.offset is not None and 0 <= error.offset - info.offset < info.nbytes
+async def chunks_of(path: Path, options: Options) -> dict[int, str]:
+    """Where in the file the chunks of a load begin, with the first tensor of each."""
+    plan = plan_load(await read_header(path), chunk_size=options.chunk_size)
+    if options.engine == "python":
+        return {chunk.offset: plan.tensors[chunk.segments[0].tensor].info.name for chunk in plan.chunks()}
+    from asyncload_native import cut
+
+    chunks = cut(job_table(plan), plan.chunk_size, options.threads)
+    return {offset: plan.tensors[segments[0][0]].info.name for *_, offset, _, segments in chunks}
 
 
 class TestFailures:
@@ -105,7 +111,7 @@ class TestFailures:
         error = caught.value
         assert str(error) == f"{model_path}: {os.strerror(errno.EBADF)}"
         assert (error.url, error.errno, error.transient) == (str(model_path), errno.EBADF, False)
-        assert await says_where(error, model_path)
+        assert (error.offset, error.tensor) in (await chunks_of(model_path, small)).items()
         assert error.partial is not None
         error.partial.close()
 
@@ -117,7 +123,7 @@ class TestFailures:
             with pytest.raises(SourceReadError) as caught:
                 await loader.load(source)
         assert (caught.value.errno, caught.value.transient) == (errno.EIO, True)
-        assert await says_where(caught.value, model_path)
+        assert (caught.value.offset, caught.value.tensor) in (await chunks_of(model_path, small)).items()
 
     async def test_of_copies_name_the_device_and_a_tensor_and_say_where(self, model_path: Path, small: Options) -> None:
         device = HostDevice()
@@ -127,7 +133,7 @@ class TestFailures:
                 await loader.load(model_path)
         error = caught.value
         assert (error.device, error.code, error.layer) == ("host", None, None)
-        assert await says_where(error, model_path)
+        assert (error.offset, error.tensor) in (await chunks_of(model_path, small)).items()
 
     @pytest.mark.parametrize("engine", ["python"])
     async def test_of_a_kernel_in_python_name_a_tensor(

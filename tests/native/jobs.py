@@ -4,22 +4,72 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
+
+from asyncload.device import HostDevice
+from asyncload.gguf import GGMLType
+from asyncload.pipeline import Sink
+from asyncload.pipeline._native import NativeTransfer
+from asyncload.plan import LoadPlan
+from asyncload.quant import DType
 
 if TYPE_CHECKING:
     from asyncload_native import Device, Engine, Event, Failure, File, Job
 
-__all__ = ["CHUNK", "NOWHERE", "ON_DEVICE", "ON_HOST", "Outcome", "Ring", "Tensors", "open_engine", "wait"]
+__all__ = [
+    "CHUNK",
+    "NOWHERE",
+    "ON_DEVICE",
+    "ON_HOST",
+    "Outcome",
+    "Ring",
+    "Tensors",
+    "job_table",
+    "open_engine",
+    "until",
+    "wait",
+]
 
 CHUNK = 64 << 10
 NOWHERE, ON_HOST, ON_DEVICE = range(3)  # where a tensor is decoded
 PATIENCE = 60.0  # seconds, where waiting longer is a hang
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for something that nothing tells of."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class _Kernels(HostDevice):
+    """A device with kernels that nobody calls."""
+
+    def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002, ARG002 - the protocol's
+        """Of nothing."""
+        return 1, 1
+
+
+def _first(*_: object) -> int:
+    return 1
+
+
+def job_table(plan: LoadPlan, skip: Collection[int] = ()) -> Any:
+    """What the native engine is told of a plan."""
+    backend: Any = SimpleNamespace(device=_Kernels())
+    transfer = NativeTransfer(backend, plan, [], Sink(), skip=skip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncload.pipeline._native.kernel_address", _first)
+        return transfer._table()
 
 
 class Ring:
@@ -131,8 +181,8 @@ class Tensors:
     ) -> None:
         """Has it moved to these addresses, or ``ahead`` of that read first."""
         engine.submit(job, scratch, after)
-        while ahead and not job.times().read_nbytes:
-            time.sleep(0.001)
+        if ahead:
+            until(lambda: job.times().read_nbytes > 0)
         engine.admit(job, max(job.groups, default=-1) + 1, 0, np.array(targets, np.uint64))
 
     def wanted(self, index: int, decode: int = NOWHERE) -> bytes:

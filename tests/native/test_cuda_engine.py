@@ -9,14 +9,14 @@ import os
 import random
 import select
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from tests.native.jobs import until
 from tests.native.stub_cuda import StubCuda
 
 if TYPE_CHECKING:
@@ -86,8 +86,12 @@ class Loads:
         targets = [self.cuda.make("cuMemAlloc_v2", max(row[3], 1)) for row in rows]
         engine.submit(job, self.scratch if kernel else [], after)
         if admit:
-            engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
+            self.admit(engine, job, targets)
         return job, targets
+
+    def admit(self, engine: Engine, job: Job, targets: Sequence[int]) -> None:
+        """Has all of it moved."""
+        engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
 
     def expected(self, index: int) -> bytes:
         """What a tensor holds as it is in the file."""
@@ -129,13 +133,6 @@ def failure_of(job: Job) -> Failure:
     return failure
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_there_is_no_hurry_with_more_memory_while_chunks_wait_for_a_thread(loads: Loads, engine: Engine) -> None:
     from asyncload_native import Admission
 
@@ -174,14 +171,11 @@ class TestReadingAhead:
         until(lambda: job.times().read_nbytes == THREADS * CHUNK)
         return job, targets
 
-    def admit(self, engine: Engine, job: Job, targets: Sequence[int]) -> None:
-        engine.admit(job, max(job.groups) + 1, 0, np.array(targets, np.uint64))
-
     def test_nothing_is_copied_before_it_is_admitted(
         self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
     ) -> None:
         assert loads.cuda.calls("cuMemcpyHtoDAsync_v2") == 0
-        self.admit(engine, *waiting)
+        loads.admit(engine, *waiting)
         assert ended(waiting[0])
         assert loads.arrived(waiting[1])
         assert waiting[0].times().read_nbytes == sum(SIZES)  # each once
@@ -194,7 +188,7 @@ class TestReadingAhead:
         until(lambda: job.times().read_nbytes == SIZES[0] + 101 + CHUNK)  # the small ones share a chunk
         until(lambda: job.times().uploaded_nbytes == SIZES[0])
         assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
-        self.admit(engine, *waiting)
+        loads.admit(engine, *waiting)
         assert ended(job)
         assert loads.arrived(targets)
 
@@ -214,7 +208,7 @@ class TestReadingAhead:
         assert ended(other)
         assert loads.arrived(others_targets)
         assert waiting[0].times().uploaded_nbytes == 0
-        self.admit(engine, *waiting)
+        loads.admit(engine, *waiting)
         assert ended(waiting[0])
         assert loads.arrived(waiting[1])
 
@@ -236,7 +230,7 @@ class TestReadingAhead:
         other, others_targets = loads.begin(engine, ahead=True)
         assert ended(other)
         assert loads.arrived(others_targets)
-        self.admit(engine, job, targets)
+        loads.admit(engine, job, targets)
         assert ended(job)
         assert loads.arrived(targets)
         engine.close()
@@ -247,7 +241,7 @@ class TestReadingAhead:
         until(lambda: job.times().read_nbytes == THREADS * CHUNK)
         other, others_targets = loads.begin(engine)
         assert ended(other)
-        self.admit(engine, job, targets)
+        loads.admit(engine, job, targets)
         assert ended(job)
         assert loads.arrived(targets)
         assert loads.arrived(others_targets)
@@ -257,7 +251,7 @@ class TestReadingAhead:
         before = loads.device.adopt_event(loads.cuda.make("cuEventCreate", 0))
         job, targets = loads.begin(engine, admit=False, ahead=True, timed=True, after=[before])
         until(lambda: job.times().read_nbytes == THREADS * CHUNK)
-        self.admit(engine, job, targets)
+        loads.admit(engine, job, targets)
         assert ended(job)
         assert loads.arrived(targets)
         assert sum(map(len, job.copies())) == 4 + 1 + 16 + 3
@@ -266,7 +260,7 @@ class TestReadingAhead:
         self, loads: Loads, engine: Engine, waiting: tuple[Job, list[int]]
     ) -> None:
         other, others_targets = loads.begin(engine, admit=False, ahead=True)
-        self.admit(engine, other, others_targets)
+        loads.admit(engine, other, others_targets)
         assert ended(other)
         assert loads.arrived(others_targets)
         engine.cancel(waiting[0])

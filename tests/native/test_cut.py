@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncload.device import HostDevice
 from asyncload.errors import PlanError
 from asyncload.gguf import GGMLType, TensorInfo
-from asyncload.pipeline import Sink
-from asyncload.pipeline._native import NativeTransfer
 from asyncload.plan import Decode, LoadPlan, TensorPlan
 from asyncload.quant import DType
+from tests.native.jobs import job_table
 
 pytestmark = pytest.mark.native
 
@@ -43,27 +40,6 @@ def tensor_plans(draw: st.DrawFn) -> list[TensorPlan]:
         plans.append(TensorPlan(info, dtype, (weights,), decode, after))
         offset += nbytes + draw(st.sampled_from([0, 1, 31, 32, (64 << 10) - 1, 64 << 10, (64 << 10) + 1, 1 << 20]))
     return plans
-
-
-class Kernels(HostDevice):
-    """A device with kernels that nobody calls."""
-
-    def native_kernel(self, type: GGMLType, dtype: DType) -> tuple[int, int]:  # noqa: A002, ARG002 - the protocol's
-        """Of nothing."""
-        return 1, 1
-
-
-def _first(*_: object) -> int:
-    return 1
-
-
-def rows(plan: LoadPlan, skip: set[int]) -> Any:
-    """What the native engine is told of a plan."""
-    backend: Any = SimpleNamespace(device=Kernels())
-    transfer = NativeTransfer(backend, plan, [], Sink(), skip=skip)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("asyncload.pipeline._native.kernel_address", _first)
-        return transfer._table()
 
 
 def chunks_of(plan: LoadPlan, skipped: set[int]) -> Any:
@@ -100,9 +76,9 @@ def test_any_plan_is_cut_as_in_python(plans: list[TensorPlan], chunk_size: int, 
         wanted = chunks_of(plan, skipped)
     except PlanError:
         with pytest.raises(ValueError, match="one block takes"):
-            cut(rows(plan, skipped), chunk_size)
+            cut(job_table(plan, skipped), chunk_size)
     else:
-        assert cut(rows(plan, skipped), chunk_size) == wanted
+        assert cut(job_table(plan, skipped), chunk_size) == wanted
 
 
 @given(
@@ -121,9 +97,9 @@ def test_chunks_that_rise_hold_the_same(
         expected = chunks_of(plan, skipped)
     except PlanError:
         with pytest.raises(ValueError, match="one block takes"):
-            cut(rows(plan, skipped), chunk_size, rising)
+            cut(job_table(plan, skipped), chunk_size, rising)
         return
-    chunks = cut(rows(plan, skipped), chunk_size, rising)
+    chunks = cut(job_table(plan, skipped), chunk_size, rising)
     assert segments_of(chunks) == segments_of(expected)
     assert all(at + nbytes <= chunk_size for *_, segments in chunks for *_, at, nbytes, _, _ in segments)
 
@@ -148,7 +124,7 @@ def test_the_first_chunks_rise_to_the_size_of_the_others() -> None:
     def sizes(nbytes: int) -> list[int]:
         info = TensorInfo("tensor", GGMLType.F32, (nbytes // 4,), 0, nbytes)
         plan = LoadPlan((TensorPlan(info, DType.FLOAT32, info.shape, Decode.NONE, nbytes),), 1 << 20)
-        return [size >> 10 for *_, size, _ in cut(rows(plan, set()), 1 << 20, 4)]
+        return [size >> 10 for *_, size, _ in cut(job_table(plan, set()), 1 << 20, 4)]
 
     assert sizes(4 << 20) == [256, 512, 768, 1024, 1024, 512]
     assert sizes(3 << 20) == [1024, 1024, 1024]  # not so many
@@ -161,7 +137,7 @@ def test_so_many_small_tensors_that_they_do_not_share_one_chunk(decode: Decode) 
     infos = [TensorInfo(str(index), GGMLType.F16, (8,), 32 * index, 16) for index in range(600)]
     nbytes = 16 if decode is Decode.NONE else 32
     plan = LoadPlan(tuple(TensorPlan(info, DType.FLOAT32, (8,), decode, nbytes) for info in infos), 1 << 20)
-    chunks = cut(rows(plan, set()), 1 << 20)
+    chunks = cut(job_table(plan, set()), 1 << 20)
     assert chunks == chunks_of(plan, set())
     assert [len(segments) for *_, segments in chunks] == [256, 256, 88]
 
@@ -171,7 +147,7 @@ def test_a_group_is_moved_once_all_of_its_tensors_are_admitted(plans: list[Tenso
     from asyncload_native import Job, Wake
 
     plan = LoadPlan(tuple(plans), 1 << 20)
-    job = Job([], rows(plan, skipped), 1 << 20, 3, Wake.END, to_host=False, timed=False, ahead=False)
+    job = Job([], job_table(plan, skipped), 1 << 20, 3, Wake.END, to_host=False, timed=False, ahead=False)
     job.close()
     groups = [math.nan] * len(plans)
     for chunk in plan.chunks(skipped):
