@@ -14,7 +14,6 @@
 
 #include "device.h"
 #include "job.h"
-#include "reader_choice.h"
 
 namespace asyncload {
 
