@@ -8,11 +8,12 @@
 #include <thread>
 #include <utility>
 
+#include "threads.h"
+
 namespace asyncload {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
 using namespace std::chrono_literals;
 
 // How long who allocates leaves the driver to others, at the least: the kernel adds some 50 microseconds.
@@ -45,8 +46,7 @@ class CudaEvent final : public Event {
             driver_->cuEventSynchronize(event_);
             return;
         }
-        for (const auto begin = Clock::now(); !done();)
-            std::this_thread::sleep_for(std::clamp<Clock::duration>((Clock::now() - begin) / 8, 20us, 1ms));
+        poll_until([this] { return done(); });
     }
 
     double seconds_since(Event& earlier) override {
@@ -82,8 +82,23 @@ class CudaStream final : public Stream {
     CudaStream(const CudaStream&) = delete;
     CudaStream& operator=(const CudaStream&) = delete;
 
-    void upload(Address target, const std::byte* source, std::size_t nbytes) override {
-        driver_.cuMemcpyHtoDAsync(target, source, nbytes, stream_);
+    void upload(const Copy& copy) override {
+        driver_.cuMemcpyHtoDAsync(copy.target, copy.source, copy.nbytes, stream_);
+    }
+
+    void upload_all(std::span<const Copy> copies) override {
+        if (!driver_.cuMemcpyBatchAsync || copies.size() < 2) return Stream::upload_all(copies);
+        std::vector<CUdeviceptr> targets, sources;
+        std::vector<std::size_t> sizes;
+        for (const Copy& copy : copies) {
+            targets.push_back(copy.target);
+            sources.push_back(reinterpret_cast<CUdeviceptr>(copy.source));
+            sizes.push_back(copy.nbytes);
+        }
+        CUmemcpyAttributes attributes{CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, {}, {}, 0};
+        std::size_t first = 0, refused = 0;
+        driver_.cuMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), copies.size(), &attributes, &first, 1,
+                                   &refused, stream_);
     }
 
     void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) override {
@@ -249,6 +264,10 @@ std::vector<CUresult> CudaDevice::free(const std::vector<Address>& addresses) {
 
 const Driver& CudaDevice::driver() const {
     return *context_->driver;
+}
+
+bool CudaDevice::combines_copies() const noexcept {
+    return static_cast<bool>(driver().cuMemcpyBatchAsync);
 }
 
 std::unique_ptr<Stream> CudaDevice::open_stream() {

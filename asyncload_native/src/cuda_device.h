@@ -25,6 +25,7 @@ class CudaDevice final : public Device {
     std::unique_ptr<Stream> open_stream() override;
     std::shared_ptr<Event> make_event(bool timing, Wait wait) override;
     std::shared_ptr<Event> adopt_event(std::uint64_t handle) override;
+    bool combines_copies() const noexcept override;
     bool in_place() const noexcept override { return false; }
 
     // Allocates memory of these sizes, all or none; 0 for none.

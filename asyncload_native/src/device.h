@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -45,6 +46,13 @@ struct Kernel {
 // Decodes `count` blocks; returns 1 for success. A Numba cfunc: it prints an exception and returns 0.
 using HostKernel = std::int32_t (*)(std::intptr_t source, std::intptr_t target, std::intptr_t count);
 
+// A copy of host memory to the device.
+struct Copy {
+    Address target;
+    const std::byte* source;
+    std::size_t nbytes;
+};
+
 // A point in a stream's work. Before it is recorded it counts as passed.
 class Event : public std::enable_shared_from_this<Event> {
   public:
@@ -67,7 +75,12 @@ class Stream {
     virtual ~Stream() = default;  // waits for its work
     // Copies host memory, registered with the device where it has that, which stays as it is until an event behind the
     // copy has passed.
-    virtual void upload(Address target, const std::byte* source, std::size_t nbytes) = 0;
+    virtual void upload(const Copy& copy) = 0;
+    // Several copies, none of them of what another one writes, in one call where the device has such a call. If it
+    // throws, some may have been enqueued.
+    virtual void upload_all(std::span<const Copy> copies) {
+        for (const Copy& copy : copies) upload(copy);
+    }
     virtual void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) = 0;
     virtual void wait(Event& event) = 0;
     virtual void record(Event& event) = 0;
@@ -104,6 +117,8 @@ class Device : public std::enable_shared_from_this<Device> {
     virtual std::shared_ptr<Event> make_event(bool timing, Wait wait) = 0;
     // An event of somebody else's, by its handle, that streams can wait for as long as its owner keeps it.
     virtual std::shared_ptr<Event> adopt_event(std::uint64_t handle) = 0;
+    // Whether the device idles less between copies that were enqueued in one call.
+    virtual bool combines_copies() const noexcept { return false; }
     // Whether the host writes its memory as its own, and may do so instead of copying there.
     virtual bool in_place() const noexcept = 0;
     // Whether memory is to be overwritten once it is free, so that a late reader shows; for tests.

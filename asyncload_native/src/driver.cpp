@@ -21,8 +21,8 @@ CudaError::CudaError(const char* function, CUresult code, const char* name, cons
 
 Driver::Driver(const char* library) : library_(load(library)) {}
 
-void* Driver::find(const char* symbol) const {
-    if (void* address = dlsym(library_, symbol)) return address;
+void* Driver::find(const char* symbol, Presence presence) const {
+    if (void* address = dlsym(library_, symbol); address || presence == Presence::maybe) return address;
     const char* reason = dlerror();
     throw DriverUnavailableError(reason ? reason : std::string("the driver has no ") + symbol);
 }

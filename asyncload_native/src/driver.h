@@ -31,6 +31,19 @@ inline constexpr unsigned CU_EVENT_BLOCKING_SYNC = 1;
 inline constexpr unsigned CU_EVENT_DISABLE_TIMING = 2;
 inline constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1;
 inline constexpr unsigned CU_MEMHOSTREGISTER_PORTABLE = 1;
+inline constexpr int CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1;
+
+struct CUmemLocation {
+    int type;
+    int id;
+};
+
+struct CUmemcpyAttributes {
+    int srcAccessOrder;
+    CUmemLocation srcLocHint;
+    CUmemLocation dstLocHint;
+    unsigned flags;
+};
 
 // There is no driver, or it lacks a function that is needed; what() says which.
 class DriverUnavailableError : public std::runtime_error {
@@ -53,14 +66,20 @@ class CudaError : public DeviceError {
 
 class Driver;
 
+// Whether every driver that this works with has a function.
+enum class Presence : std::uint8_t { always, maybe };
+
 // One function of the driver: called, it throws CudaError where the driver does not return CUDA_SUCCESS.
 template <typename... Arguments>
 class DriverFunction {
   public:
-    // Throws DriverUnavailableError where the driver has no such symbol. `symbol` has static storage.
-    DriverFunction(const Driver& driver, const char* symbol);
+    // Throws DriverUnavailableError where the driver has no such symbol and needs it. `symbol` has static storage.
+    DriverFunction(const Driver& driver, const char* symbol, Presence presence = Presence::always);
     DriverFunction(const DriverFunction&) = delete;
     DriverFunction& operator=(const DriverFunction&) = delete;
+
+    // Whether it may be called; asked where its presence is not certain.
+    explicit operator bool() const noexcept { return address_ != nullptr; }
 
     void operator()(Arguments... arguments) const;
 
@@ -88,7 +107,8 @@ class Driver : public std::enable_shared_from_this<Driver> {
     Driver(const Driver&) = delete;
     Driver& operator=(const Driver&) = delete;
 
-    void* find(const char* symbol) const;
+    // The address of a function; nothing where the driver lacks one that it may lack.
+    void* find(const char* symbol, Presence presence) const;
     [[noreturn]] void fail(const char* function, CUresult code) const;
 
     // Where a symbol has a suffix, it is the function's present form, to which cuda.h maps the plain name.
@@ -127,6 +147,12 @@ class Driver : public std::enable_shared_from_this<Driver> {
 
     const DriverFunction<CUdeviceptr, const void*, std::size_t, CUstream> cuMemcpyHtoDAsync{*this,
                                                                                             "cuMemcpyHtoDAsync_v2"};
+    // Targets, sources and sizes; how many; attributes, the copy from which on each holds, how many; where the number
+    // of the copy that was refused goes; the stream. From CUDA 12.8 on, and since 13.0 not the one that cuda.h maps the
+    // name to.
+    const DriverFunction<CUdeviceptr*, CUdeviceptr*, std::size_t*, std::size_t, CUmemcpyAttributes*, std::size_t*,
+                         std::size_t, std::size_t*, CUstream>
+        cuMemcpyBatchAsync{*this, "cuMemcpyBatchAsync", Presence::maybe};
     const DriverFunction<void*, CUdeviceptr, std::size_t, CUstream> cuMemcpyDtoHAsync{*this, "cuMemcpyDtoHAsync_v2"};
     const DriverFunction<CUdeviceptr, unsigned char, std::size_t, CUstream> cuMemsetD8Async{*this, "cuMemsetD8Async"};
     // Grid and block by x, y, z; bytes of shared memory; the stream; the arguments' addresses; nullptr.
@@ -136,8 +162,10 @@ class Driver : public std::enable_shared_from_this<Driver> {
 };
 
 template <typename... Arguments>
-DriverFunction<Arguments...>::DriverFunction(const Driver& driver, const char* symbol)
-    : driver_(driver), symbol_(symbol), address_(reinterpret_cast<CUresult (*)(Arguments...)>(driver.find(symbol))) {}
+DriverFunction<Arguments...>::DriverFunction(const Driver& driver, const char* symbol, Presence presence)
+    : driver_(driver),
+      symbol_(symbol),
+      address_(reinterpret_cast<CUresult (*)(Arguments...)>(driver.find(symbol, presence))) {}
 
 template <typename... Arguments>
 void DriverFunction<Arguments...>::operator()(Arguments... arguments) const {

@@ -12,6 +12,7 @@ namespace asyncload {
 Engine::Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& options)
     : device_(std::move(device)), options_(options) {
     device_->attach();
+    if (device_->combines_copies()) copies_ = std::make_unique<CopyQueue>(*device_);
     std::uint32_t first = 0;
     for (std::uint32_t index = 0; index < options_.threads; ++index) {  // shares differ by one at most
         const std::uint32_t end = options_.buffers * (index + 1) / options_.threads;
@@ -109,6 +110,7 @@ void Engine::close() {
     } catch (const DeviceError&) {  // then there is no context to give anything back to
     }
     workers_.clear();
+    copies_.reset();
 }
 
 std::optional<std::size_t> Engine::next(const Job& job) {

@@ -12,13 +12,15 @@
 #include <thread>
 #include <vector>
 
+#include "copy_queue.h"
 #include "device.h"
 #include "job.h"
 
 namespace asyncload {
 
 // Threads over one device and one ring of staging buffers. Each thread owns a stream, its share of the buffers, and for
-// each of these an event: it reads into one while the other's copy is under way, and waits for nobody else.
+// each of these an event: it reads into one while the other's copy is under way, and waits for nobody else. Where the
+// device is faster with copies that come together, plain ones go through a queue of all threads' instead.
 class Engine {
   public:
     struct Options {
@@ -96,7 +98,8 @@ class Engine {
     std::condition_variable changed_;
     std::deque<std::shared_ptr<Job>> jobs_;  // that have not ended
     bool closing_ = false;
-    bool leaving_ = false;  // a thread has left a chunk, and not yet taken another
+    bool leaving_ = false;               // a thread has left a chunk, and not yet taken another
+    std::unique_ptr<CopyQueue> copies_;  // where the device combines copies
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<std::thread> threads_;
 };

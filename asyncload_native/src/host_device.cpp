@@ -104,9 +104,9 @@ class HostStream final : public Stream {
         thread_.join();
     }
 
-    void upload(Address target, const std::byte* source, std::size_t nbytes) override {
-        push([=, this, enqueued = Clock::now(), use = device_.use(target, address(source), nbytes)] {
-            ended_ = device_.copy(pointer(target), source, nbytes, enqueued, ended_);
+    void upload(const Copy& copy) override {
+        push([this, copy, enqueued = Clock::now(), use = device_.use(copy.target, address(copy.source), copy.nbytes)] {
+            ended_ = device_.copy(pointer(copy.target), copy.source, copy.nbytes, enqueued, ended_);
         });
     }
 

@@ -103,10 +103,10 @@ void LayerFeed::copy(const Layer& layer, Address slot) {
         Stream& stream = *streams_[lane];
         if (piece.n_blocks > 0) {
             const Address packed = options_.scratch[lane];
-            stream.upload(packed, pointer(piece.source), piece.nbytes);
+            stream.upload({packed, pointer(piece.source), piece.nbytes});
             stream.decode(piece.kernel, packed, slot + piece.offset, piece.n_blocks);
         } else {
-            stream.upload(slot + piece.offset, pointer(piece.source), piece.nbytes);
+            stream.upload({slot + piece.offset, pointer(piece.source), piece.nbytes});
         }
         lane = (lane + 1) % streams_.size();
     }

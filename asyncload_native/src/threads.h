@@ -1,4 +1,4 @@
-// What the engine's threads are called, how important they are, and how they make way.
+// What the engine's threads are called, how important they are, how they wait and how they make way.
 #pragma once
 
 #include <sched.h>
@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
+#include <thread>
 
 namespace asyncload {
 
@@ -32,6 +34,16 @@ inline constexpr std::size_t stretch = 1 << 20;
 
 inline void make_way() {
     sched_yield();
+}
+
+// Returns when `done()` does not say false any more: it is asked at once, after 20 microseconds, and then the more
+// seldom the longer that takes.
+template <typename Done>
+void poll_until(Done done) {
+    using Clock = std::chrono::steady_clock;
+    using namespace std::chrono_literals;
+    for (const auto begin = Clock::now(); !done();)
+        std::this_thread::sleep_for(std::clamp<Clock::duration>((Clock::now() - begin) / 8, 20us, 1ms));
 }
 
 }  // namespace asyncload

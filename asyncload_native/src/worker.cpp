@@ -29,7 +29,7 @@ Engine::Worker::Worker(Engine& engine, std::uint32_t index, std::byte* buffers, 
     : engine_(engine), device_(*engine.device_), index_(index), stream_(device_.open_stream()) {
     const std::uint64_t size = engine.options_.chunk_size;
     for (std::uint32_t lane = 0; lane < count; ++lane)
-        lanes_.push_back({{buffers + lane * size, size}, device_.make_event(false, Wait::poll), std::nullopt});
+        lanes_.push_back({{buffers + lane * size, size}, device_.make_event(false, Wait::poll), {}, std::nullopt});
 }
 
 void Engine::Worker::run() {
@@ -56,7 +56,7 @@ void Engine::Worker::move(Lane& lane, Task task) {
     const Chunk& chunk = *task.chunk;
     const std::span segments(&job.cut_.segments[chunk.first_segment], chunk.n_segments);
     const std::uint32_t tensor = segments.front().tensor;
-    Flight flight{task, {}, 0, false, std::nullopt, nullptr, lane.event};
+    Flight flight{task, {}, 0, false, std::nullopt, false, nullptr, lane.event};
     auto kind = Failure::Kind::device;
     try {
         device_.attach();
@@ -78,15 +78,19 @@ void Engine::Worker::move(Lane& lane, Task task) {
         flight.failure = describe(of_device(error), kind, task);
     }
     if (!flight.enqueued) return land(std::move(flight));
+    if (!flight.queued) record(flight);
+    lane.flight = std::move(flight);
+}
+
+void Engine::Worker::record(Flight& flight) {
     try {
         if (flight.begun) flight.event = device_.make_event(true, Wait::poll);
-        stream_->record(*flight.event);  // also after a failure: what was enqueued uses the buffer
+        stream_->record(*flight.event);
     } catch (const DeviceError& error) {
-        if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, task);
+        if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, flight.task);
         stream_->drain();
         flight.event = nullptr;  // it says nothing of this
     }
-    lane.flight = std::move(flight);
 }
 
 std::span<std::byte> Engine::Worker::place(const Lane& lane, const Task& task, std::span<const Segment> segments) {
@@ -158,8 +162,14 @@ bool Engine::Worker::decode(const Lane& lane, const Task& task, std::span<const 
     return true;
 }
 
-void Engine::Worker::upload(const Lane& lane, const Task& task, std::span<const Segment> segments,
-                            std::span<std::byte> bytes, Flight& flight) {
+bool Engine::Worker::may_queue(const Job& job, std::span<const Segment> segments) const {
+    return engine_.copies_ && job.after_.empty() && !job.timed_ &&
+           std::ranges::none_of(
+               segments, [&](const Segment& segment) { return job.tensors_[segment.tensor].decode == Decode::device; });
+}
+
+void Engine::Worker::upload(Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
+                            Flight& flight) {
     Job& job = *task.job;
     flight.begin = Clock::now();
     if (job.begun_[index_] == 0) {
@@ -167,6 +177,8 @@ void Engine::Worker::upload(const Lane& lane, const Task& task, std::span<const 
         job.begun_[index_] = 1;
     }
     if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true, Wait::poll)));
+    const bool queue = may_queue(job, segments);
+    lane.request.copies.clear();
     for (const Segment& segment : segments) {
         if (segment.target_nbytes == 0) continue;
         const TensorWork& tensor = job.tensors_[segment.tensor];
@@ -175,16 +187,22 @@ void Engine::Worker::upload(const Lane& lane, const Task& task, std::span<const 
         if (tensor.decode == Decode::device) {
             const Address packed = job.scratch_[index_] + segment.source_offset;
             flight.enqueued = true;
-            stream_->upload(packed, source, segment.upload_nbytes);
+            stream_->upload({packed, source, segment.upload_nbytes});
             stream_->decode(tensor.kernel, packed, target,
                             static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes));
+        } else if (!task.in_place && queue) {
+            lane.request.copies.push_back({target, source, segment.upload_nbytes});
         } else if (!task.in_place) {
             flight.enqueued = true;
-            stream_->upload(target, source, segment.upload_nbytes);
+            stream_->upload({target, source, segment.upload_nbytes});
         } else if (tensor.decode == Decode::none && bytes.data() == lane.buffer.data()) {
             std::copy_n(source, segment.upload_nbytes, pointer(target));
         }
         flight.nbytes += segment.upload_nbytes;
+    }
+    if (!lane.request.copies.empty()) {
+        engine_.copies_->upload(lane.request);
+        flight.enqueued = flight.queued = true;
     }
     job.spans_.note(Span::What::enqueue, index_, segments.front().tensor, flight.begin);
 }
@@ -196,10 +214,13 @@ void Engine::Worker::land(Lane& lane) {
     const auto tensor = job.cut_.segments[flight.task.chunk->first_segment].tensor;
     const auto begin = Clock::now();
     try {
-        if (flight.event) flight.event->synchronize();
+        if (flight.queued)
+            engine_.copies_->await(lane.request);
+        else if (flight.event)
+            flight.event->synchronize();
     } catch (const DeviceError& error) {
         if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, flight.task);
-        stream_->drain();
+        if (!flight.queued) stream_->drain();
     }
     job.spans_.note(Span::What::await_copies, index_, tensor, begin);
     if (flight.begun && flight.event) {

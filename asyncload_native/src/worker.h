@@ -21,14 +21,16 @@ struct Engine::Flight {
     std::uint64_t nbytes;            // that leave the buffer
     bool enqueued;                   // the buffer is in use until the event has passed
     std::optional<Failure> failure;
+    bool queued = false;           // it went through the queue of all threads' copies
     std::shared_ptr<Event> begun;  // where the job is timed
-    std::shared_ptr<Event> event;  // behind it
+    std::shared_ptr<Event> event;  // behind it, where it was not queued
 };
 
-// A staging buffer, and an event for what is enqueued from it.
+// A staging buffer, and what tells of the end of what is enqueued from it: an event, or a request.
 struct Engine::Lane {
     std::span<std::byte> buffer;
     std::shared_ptr<Event> event;
+    CopyQueue::Request request;
     std::optional<Flight> flight;
 };
 
@@ -48,9 +50,13 @@ class Engine::Worker {
     // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
     // a kernel fails.
     bool decode(const Lane& lane, const Task& task, std::span<const Segment> segments);
+    // Whether the copies may go with those of other threads: nothing goes before or behind them but copies.
+    bool may_queue(const Job& job, std::span<const Segment> segments) const;
     // Enqueues copies and kernels, or copies in place.
-    void upload(const Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
+    void upload(Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
                 Flight& flight);
+    // Puts the event behind what was enqueued on the thread's own stream, also after a failure: it uses the buffer.
+    void record(Flight& flight);
     // Waits for a lane's work, and reports it.
     void land(Lane& lane);
     void land(Flight flight);

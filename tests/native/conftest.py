@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.native.cuda_loads import Loads
 from tests.native.stub_cuda import StubCuda
+
+if TYPE_CHECKING:
+    from asyncload_native import Engine
 
 BUILD = Path(os.environ.get("ASYNCLOAD_NATIVE_BUILD", Path(__file__).parents[2] / "build" / "native"))
 
 
-@pytest.fixture(scope="session")
-def _stub_library() -> StubCuda:
-    path = BUILD / "libstub_cuda.so"
+@functools.cache
+def load_stub(name: str) -> StubCuda:
+    """One of the stand-in drivers, once a process."""
+    path = BUILD / name
     assert path.exists(), f"{path} is not there: `make native` builds it"
     return StubCuda(path)
 
 
-@pytest.fixture
-def stub_cuda(_stub_library: StubCuda) -> Iterator[StubCuda]:
-    """The stand-in driver, new; the test must not have violated anything at its end."""
+@contextmanager
+def new_stub(name: str) -> Generator[StubCuda]:
+    """A stand-in driver as it is when it is loaded; nothing must have been violated at the end."""
     gc.collect()  # a device that an earlier test's error still held
-    _stub_library.reset()
-    yield _stub_library
-    _stub_library.hold(False)
-    violations = _stub_library.violations
-    _stub_library.reset()
+    stub = load_stub(name)
+    stub.reset()
+    yield stub
+    stub.hold(False)
+    violations = stub.violations
+    stub.reset()
     assert violations == []
+
+
+@pytest.fixture
+def stub_cuda() -> Iterator[StubCuda]:
+    """The stand-in driver, new."""
+    with new_stub("libstub_cuda.so") as stub:
+        yield stub
+
+
+@pytest.fixture(params=["libstub_cuda.so", "libstub_cuda_old.so"])
+def loads(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loads]:
+    """Loads by each stand-in driver: one that combines copies, and one that does not."""
+    with new_stub(request.param) as stub:
+        yield Loads(stub, tmp_path / "file")
+
+
+@pytest.fixture
+def engine(loads: Loads) -> Iterator[Engine]:
+    """An engine for these, closed at the end."""
+    engine = loads.make_engine()
+    yield engine
+    loads.cuda.hold(False)
+    engine.close()
+    assert loads.cuda.live("streams") == 0  # the events are the device's
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 // A CUDA driver for tests, on the host's memory: the functions of asyncload_native/src/driver.h by their names.
 //
+// With STUB_CUDA_OLD it is one of before CUDA 12.8, which lacks cuMemcpyBatchAsync.
+//
 // Each stream is a thread, so that work is as asynchronous as on a device: a copy reads its source when the thread
 // comes to it. What a device would punish at some time, or never, is an error or a violation here. The functions
 // `stub_...` are the tests' own.
@@ -28,6 +30,7 @@ using asyncload::CUdevice;
 using asyncload::CUdeviceptr;
 using asyncload::CUevent;
 using asyncload::CUfunction;
+using asyncload::CUmemcpyAttributes;
 using asyncload::CUresult;
 using asyncload::CUstream;
 
@@ -111,6 +114,7 @@ struct Kernel {
 struct Fault {
     std::size_t calls = 0;  // until it strikes
     CUresult code = SUCCESS;
+    bool lasting = false;  // it strikes all calls after that, too
 };
 
 // All of it under one lock. It is never destroyed, as the streams' threads may outlive main.
@@ -149,7 +153,10 @@ CUresult count(const std::string& function) {
     ++state.calls[function];
     if (const auto fault = state.faults.find(function); fault != state.faults.end() && --fault->second.calls == 0) {
         const CUresult code = fault->second.code;
-        state.faults.erase(fault);
+        if (fault->second.lasting)
+            fault->second.calls = 1;
+        else
+            state.faults.erase(fault);
         return code;
     }
     return SUCCESS;
@@ -228,6 +235,7 @@ void expect_no_work_on(const Range& range, const char* what) {
 }
 
 CUresult copy(CUstream stream, Range target, Range source, bool upload) {
+    if (upload) ++state.calls["upload"];
     return enqueue(stream, {[target, source] {
                                 std::memcpy(pointer<void*>(target.address), pointer<const void*>(source.address),
                                             source.nbytes);
@@ -494,6 +502,24 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, std::size_
     return copy(stream, {target, nbytes}, range_of(source, nbytes), true);
 }
 
+#ifndef STUB_CUDA_OLD
+CUresult cuMemcpyBatchAsync(CUdeviceptr* targets, CUdeviceptr* sources, std::size_t* sizes, std::size_t n_copies,
+                            CUmemcpyAttributes* attributes, std::size_t* first, std::size_t n_attributes,
+                            std::size_t* refused, CUstream stream) {
+    const Lock lock(state.lock);
+    *refused = SIZE_MAX;
+    if (const CUresult code = enter(__func__)) return code;
+    if (n_copies == 0 || n_attributes != 1 || *first != 0) return INVALID_VALUE;
+    if (attributes->srcAccessOrder != asyncload::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM) return INVALID_VALUE;
+    for (std::size_t at = 0; at < n_copies; ++at) {
+        *refused = at;
+        if (!in_device_memory({targets[at], sizes[at]})) return INVALID_VALUE;
+        if (const CUresult code = copy(stream, {targets[at], sizes[at]}, {sources[at], sizes[at]}, true)) return code;
+    }
+    return SUCCESS;
+}
+#endif
+
 CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, std::size_t nbytes, CUstream stream) {
     const Lock lock(state.lock);
     if (const CUresult code = enter(__func__)) return code;
@@ -557,13 +583,15 @@ void stub_reset(std::size_t capacity) {
     state.violations.clear();
 }
 
-// Has the n-th call (from 1) from now on of a function fail, or with "work" the n-th copy or kernel on any stream.
-void stub_fail(const char* function, std::size_t nth, CUresult code) {
+// Has the n-th call (from 1) from now on of a function fail, or with "work" the n-th copy or kernel on any stream; if
+// it lasts, all that follow, too.
+void stub_fail(const char* function, std::size_t nth, CUresult code, bool lasting) {
     const Lock lock(state.lock);
-    state.faults[function] = {nth, code};
+    state.faults[function] = {nth, code, lasting};
 }
 
-// How often a function was called, or with "work" how many copies and kernels were begun.
+// How often a function was called; with "work" how many copies and kernels were begun, with "upload" how many copies to
+// the device were enqueued.
 std::size_t stub_calls(const char* function) {
     const Lock lock(state.lock);
     return state.calls[function];

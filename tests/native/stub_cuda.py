@@ -40,12 +40,18 @@ class StubCuda:
         assert self.call("cuInit", 0) == 0
         assert self.call("cuCtxSetCurrent", self.make("cuDevicePrimaryCtxRetain", 0)) == 0
 
-    def fail(self, function: str, code: int, *, nth: int = 1) -> None:
-        """Has the ``nth`` call from now on of a function fail; of "work", the ``nth`` copy or kernel on a stream."""
-        self._library.stub_fail(function.encode(), ctypes.c_size_t(nth), ctypes.c_int(code))
+    def fail(self, function: str, code: int, *, nth: int = 1, lasting: bool = False) -> None:
+        """Has the ``nth`` call from now on of a function fail; of "work", the ``nth`` copy or kernel on a stream.
+
+        ``lasting``: and all calls after it.
+        """
+        self._library.stub_fail(function.encode(), ctypes.c_size_t(nth), ctypes.c_int(code), ctypes.c_bool(lasting))
 
     def calls(self, function: str) -> int:
-        """How often a function was called; for "work", how many copies and kernels were begun."""
+        """How often a function was called.
+
+        For "work", how many copies and kernels were begun; for "upload", how many copies to the device were enqueued.
+        """
         return int(self._library.stub_calls(function.encode()))
 
     def hold(self, held: bool) -> None:
@@ -55,6 +61,11 @@ class StubCuda:
     def stall(self, stalled: bool) -> None:
         """While stalled, no call of cuEventRecord returns."""
         self._library.stub_stall(ctypes.c_bool(stalled))
+
+    @property
+    def combines(self) -> bool:
+        """Whether it takes several copies in one call, as drivers do from CUDA 12.8 on."""
+        return hasattr(self._library, "cuMemcpyBatchAsync")
 
     def barrier(self) -> None:
         """Waits until all has ended that is enqueued by now."""

@@ -1,0 +1,143 @@
+"""Copies of several threads that go to the device together, on a stand-in for a driver that combines copies."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tests.native.cuda_loads import CHUNK, MOST_BUFFERS, SIZES, THREADS, Loads, ended, failure_of
+from tests.native.jobs import until
+
+if TYPE_CHECKING:
+    from asyncload_native import Engine
+
+pytestmark = [pytest.mark.native, pytest.mark.parametrize("loads", ["libstub_cuda.so"], indirect=True)]
+
+UNKNOWN = 999
+UNDER_WAY = 3  # batches, at most
+N_CHUNKS = 4 + 1 + 16 + 3
+
+
+@pytest.fixture
+def engine(loads: Loads) -> Iterator[Engine]:
+    """One with as many buffers as there are."""
+    engine = loads.make_engine(threads=MOST_BUFFERS // 2, buffers=MOST_BUFFERS)
+    yield engine
+    loads.cuda.hold(False)
+    engine.close()
+    assert loads.cuda.live("streams") == 0
+
+
+def fill(loads: Loads, engine: Engine) -> None:
+    """Has as much under way as there may be, which is held."""
+    loads.cuda.hold(True)
+    for count in range(1, UNDER_WAY + 1):
+        loads.begin(engine, sizes=[1000])
+        until(lambda count=count: loads.cuda.calls("cuEventRecord") == count)
+
+
+def test_what_comes_while_enough_is_under_way_is_enqueued_in_one_call(loads: Loads, engine: Engine) -> None:
+    loads.cuda.hold(True)
+    job, targets = loads.begin(engine)
+    until(lambda: job.times().read_nbytes >= 14 * CHUNK)  # 16 chunks, one of them of 101 bytes and one of 3392
+    assert loads.cuda.calls("cuEventRecord") <= UNDER_WAY
+    loads.cuda.hold(False)
+    assert ended(job)
+    assert loads.arrived(targets)
+    assert loads.cuda.calls("cuMemcpyBatchAsync") > 0
+    assert loads.cuda.calls("upload") == N_CHUNKS + 1  # one chunk is of two tensors
+    calls = loads.cuda.calls("cuMemcpyBatchAsync") + loads.cuda.calls("cuMemcpyHtoDAsync_v2")
+    assert calls <= UNDER_WAY + 1 + N_CHUNKS - MOST_BUFFERS
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_what_is_timed_or_waits_for_events_goes_by_itself(loads: Loads, engine: Engine, timed: bool) -> None:
+    after = [] if timed else [loads.device.adopt_event(loads.cuda.make("cuEventCreate", 0))]
+    loads.cuda.hold(True)
+    job, targets = loads.begin(engine, timed=timed, after=after)
+    until(lambda: loads.cuda.calls("cuEventRecord") == MOST_BUFFERS * (1 + timed))
+    loads.cuda.hold(False)
+    assert ended(job)
+    assert loads.arrived(targets)
+    assert loads.cuda.calls("cuMemcpyBatchAsync") == 0
+
+
+def test_copies_that_the_driver_does_not_take_together_go_one_by_one(loads: Loads, engine: Engine) -> None:
+    loads.cuda.fail("cuMemcpyBatchAsync", UNKNOWN, lasting=True)
+    loads.cuda.hold(True)
+    job, targets = loads.begin(engine)
+    until(lambda: job.times().read_nbytes >= 14 * CHUNK)
+    loads.cuda.hold(False)
+    assert ended(job)
+    assert job.poll().failure is None
+    assert loads.arrived(targets)
+    assert loads.cuda.calls("cuMemcpyHtoDAsync_v2") == N_CHUNKS + 1
+
+
+def test_a_copy_that_fails_fails_no_other_jobs(loads: Loads, engine: Engine) -> None:
+    fill(loads, engine)
+    job, targets = loads.begin(engine, sizes=SIZES[:1])
+    other, _ = loads.begin(engine, sizes=SIZES[:3], admit=False)
+    engine.admit(other, max(other.groups) + 1, 0, np.array([16, 16, 16], np.uint64))  # where there is no memory
+    until(lambda: min(each.times().read_nbytes for each in (job, other)) >= CHUNK)
+    loads.cuda.hold(False)
+    failure = failure_of(other)
+    assert (failure.tensor, failure.code) == (0, "CUDA_ERROR_INVALID_VALUE")
+    assert "cuMemcpyHtoDAsync_v2" in failure.what
+    assert ended(job)
+    assert job.poll().failure is None
+    assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
+
+
+@pytest.mark.parametrize("function", ["cuEventRecord", "cuEventQuery"])
+def test_copies_whose_event_fails_fail_behind_their_end(loads: Loads, engine: Engine, function: str) -> None:
+    loads.cuda.hold(True)
+    loads.cuda.fail(function, UNKNOWN)
+    job, targets = loads.begin(engine)
+    assert not ended(job, 0.3)
+    loads.cuda.hold(False)
+    assert function in failure_of(job).what
+    for address in targets:  # which is a violation under work
+        assert loads.cuda.call("cuMemFree_v2", address) == 0
+    job, targets = loads.begin(engine)
+    assert ended(job)
+    assert loads.arrived(targets)
+
+
+def test_a_job_that_is_cancelled_ends_behind_copies_that_are_not_enqueued_yet(loads: Loads, engine: Engine) -> None:
+    fill(loads, engine)
+    job, targets = loads.begin(engine)
+    until(lambda: job.times().read_nbytes > CHUNK)
+    engine.cancel(job)
+    assert not ended(job, 0.1)
+    loads.cuda.hold(False)
+    assert ended(job)
+    for address in targets:
+        assert loads.cuda.call("cuMemFree_v2", address) == 0
+
+
+def test_an_engine_that_is_closed_ends_behind_them(loads: Loads, engine: Engine) -> None:
+    loads.cuda.hold(True)
+    job, targets = loads.begin(engine)
+    until(lambda: job.times().read_nbytes >= 14 * CHUNK)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    assert not ended(job, 0.1)
+    loads.cuda.hold(False)
+    closing.join()
+    assert ended(job)
+    for address in targets:
+        assert loads.cuda.call("cuMemFree_v2", address) == 0
+
+
+def test_an_engine_of_threads_that_have_a_buffer_each(loads: Loads) -> None:
+    engine = loads.make_engine(threads=THREADS, buffers=THREADS)
+    job, targets = loads.begin(engine)
+    assert ended(job)
+    assert loads.arrived(targets)
+    engine.close()
