@@ -23,16 +23,17 @@ _POWERS: Final = {None: 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _CHUNK_SIZES: Final[Mapping[tuple[str, DeviceKind], int]] = {
     ("python", "cuda"): 16 << 20,  # each chunk costs some Python
     ("python", "host"): 4 << 20,
-    ("native", "cuda"): 5 << 20,
+    ("native", "cuda"): 2 << 20,  # copies of several threads go together
     ("native", "host"): 4 << 20,
 }
 _BUFFERS: Final = 16
-_BUFFERS_PER_THREAD: Final = 2  # the native engine's: while one is copied, the next is read
+# The native engine's: while others are copied, one is read.
+_BUFFERS_PER_THREAD: Final[Mapping[DeviceKind, int]] = {"cuda": 4, "host": 2}
 _MOST_STAGING: Final = 480 << 20
 _THREADS: Final[Mapping[tuple[str, DeviceKind], int]] = {
     ("python", "cuda"): 8,  # more fall behind, as they fill the last-level cache
     ("python", "host"): 8,
-    ("native", "cuda"): 14,  # fewer do where memory is fast; more leave a buffer no time in the cache
+    ("native", "cuda"): 12,  # fewer do where memory is fast; more leave a buffer no time in the cache
     ("native", "host"): 8,
 }
 _STREAMS: Final = 2
@@ -65,12 +66,12 @@ class Options:
 
     ``engine`` moves the bytes: ``"native"``, the C++ threads of ``asyncload_native``, ``"python"``, or ``"auto"``: the
     former where it was built. What is not a local file is always read by the Python engine.
-    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB on the host; 5 MiB, and 16
+    ``chunk_size`` (bytes) is the most that one staging buffer takes, 0 for what suits: 4 MiB on the host; 2 MiB, and 16
     MiB with the Python engine, for CUDA. ``staging`` (bytes) is the budget of all of them, read scratch included, 0 for
-    two chunks a thread (native), or 16 chunks, and 480 MiB at most;
+    two chunks a thread, or four with CUDA (native), or 16 chunks, and 480 MiB at most;
     ``decode`` says where blocks become numbers: on the ``"device"``, on the ``"host"`` before they cross the bus, or
     ``"auto"``: on a CUDA device where it has a kernel, else on the host;
-    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8, or 14
+    ``threads`` the reading and decoding threads, 0 for one a core that this process may use, up to 8, or 12
     (native, with CUDA);
     ``streams`` the device streams of the Python engine, 0 for two (the native engine has one a thread);
     ``depth`` the chunks that may be under way on one of these; ``retries`` how often a read that failed for a passing
@@ -123,7 +124,7 @@ class Options:
         engine = "native" if native else "python"
         chunk_size = self.chunk_size or _CHUNK_SIZES[engine, kind]
         threads = self.threads or min(_THREADS[engine, kind], len(os.sched_getaffinity(0)))
-        buffers = _BUFFERS_PER_THREAD * threads if native else _BUFFERS
+        buffers = _BUFFERS_PER_THREAD[kind] * threads if native else _BUFFERS
         staging = self.staging or max(min(buffers * chunk_size, _MOST_STAGING), 2 * chunk_size)
         streams = self.streams or _STREAMS
         if native:  # each thread has a stream of its own, and at least one buffer

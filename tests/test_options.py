@@ -61,7 +61,11 @@ def test_the_default_budget_is_at_most_512_mb() -> None:
 
 
 def test_sizes_that_were_left_open_suit_the_device() -> None:
-    assert Options().suited_to("host").chunk_size < Options().suited_to("cuda").chunk_size
+    on_host, on_cuda = Options().suited_to("host"), Options().suited_to("cuda")
+    assert on_host.chunk_size > on_cuda.chunk_size  # which takes several in one copy
+    assert (on_host.buffers, on_cuda.buffers) == (2 * on_host.threads, 4 * on_cuda.threads)
+    python = Options(engine="python")
+    assert python.suited_to("host").chunk_size < python.suited_to("cuda").chunk_size
     assert Options(engine="python", staging=64 << 20).suited_to("cuda").buffers == 4
     given = Options(chunk_size=1 << 20, staging=2 << 20, threads=1, streams=1)
     assert given.suited_to("cuda") == given.suited_to("host") == given

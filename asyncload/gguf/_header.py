@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from asyncload.gguf._array import Array, Scalar
 from asyncload.gguf._types import GGMLType
 
-__all__ = ["Header", "TensorInfo", "Value", "group_layers", "merge_sorted"]
+__all__ = ["Header", "TensorInfo", "Value", "merge_sorted"]
 
 T = TypeVar("T")
 
@@ -51,12 +52,12 @@ class TensorInfo(NamedTuple):
         return int(match[1]) if match else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Header:
     """What a GGUF model says about itself before its data: metadata and tensors, in the order of the file.
 
     ``data_offset`` is the byte at which the data of the first part begins, ``nbytes`` the bytes of all tensors
-    without the gaps between them. ``layers`` groups the tensors called ``blk.N.``… by N, ascending.
+    without the gaps between them.
     """
 
     version: int
@@ -65,18 +66,16 @@ class Header:
     tensors: Mapping[str, TensorInfo]
     data_offset: int
     nbytes: int
-    layers: Mapping[int, tuple[TensorInfo, ...]]
     parts: int = 1
 
-
-def group_layers(tensors: Iterable[TensorInfo], step: Callable[[], None]) -> Mapping[int, tuple[TensorInfo, ...]]:
-    """Tensors by layer number, ascending; ``step`` is called for each tensor."""
-    layers: dict[int, list[TensorInfo]] = {}
-    for tensor in tensors:
-        step()
-        if (layer := tensor.layer) is not None:
-            layers.setdefault(layer, []).append(tensor)
-    return MappingProxyType({layer: tuple(layers[layer]) for layer in merge_sorted(layers, _itself, step)})
+    @cached_property
+    def layers(self) -> Mapping[int, tuple[TensorInfo, ...]]:
+        """The tensors called ``blk.N.``… by N, ascending; grouped when it is first asked for."""
+        layers: dict[int, list[TensorInfo]] = {}
+        for tensor in self.tensors.values():
+            if (layer := tensor.layer) is not None:
+                layers.setdefault(layer, []).append(tensor)
+        return MappingProxyType({layer: tuple(layers[layer]) for layer in sorted(layers)})
 
 
 def merge_sorted(items: Iterable[T], key: Callable[[T], Any], step: Callable[[], None]) -> Iterator[T]:
@@ -90,7 +89,3 @@ def merge_sorted(items: Iterable[T], key: Callable[[T], Any], step: Callable[[],
     for item in heapq.merge(*runs, key=key):
         step()
         yield item
-
-
-def _itself(layer: int) -> int:
-    return layer

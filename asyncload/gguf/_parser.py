@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import partial
 from types import MappingProxyType
 from typing import Final
 
-from asyncload.gguf._header import Header, group_layers
+from asyncload.gguf._header import Header
 from asyncload.gguf._metadata import SMALLEST_PAIR, read_metadata
 from asyncload.gguf._reader import Reader, Steps
 from asyncload.gguf._tensors import SMALLEST_ENTRY, place, read_entries
@@ -22,7 +21,6 @@ _COUNTS: Final = struct.Struct("<qq")
 
 # Beyond this no real model goes; it keeps what a hostile file costs in memory small.
 _MAX_ENTRIES: Final = 1 << 20
-_UNITS_OF_GROUPING: Final = 32
 
 
 class HeaderParser:
@@ -96,7 +94,6 @@ class HeaderParser:
             tensors=MappingProxyType(tensors),
             data_offset=data_offset,
             nbytes=nbytes,
-            layers=group_layers(tensors.values(), partial(reader.work, _UNITS_OF_GROUPING)),
         )
 
     def _preamble(self) -> Steps[tuple[int, int, int]]:

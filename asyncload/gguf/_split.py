@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from asyncload.errors import SplitError
-from asyncload.gguf._header import Header, TensorInfo, Value, group_layers
+from asyncload.gguf._header import Header, TensorInfo, Value
 from asyncload.gguf._reader import quote
 
 __all__ = ["join_parts", "split_count", "split_paths"]
@@ -88,7 +88,6 @@ def join_parts(
         tensors=MappingProxyType(tensors),
         data_offset=first.data_offset,
         nbytes=sum(header.nbytes for header in present),
-        layers=group_layers(tensors.values(), step),
         parts=len(urls),
     )
 

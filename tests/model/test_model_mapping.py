@@ -27,7 +27,6 @@ def header() -> Header:
         tensors={info.name: info for info in infos},
         data_offset=0,
         nbytes=64,
-        layers={0: (infos[1], infos[2]), 10: (infos[3],)},
     )
 
 

@@ -14,7 +14,7 @@ from tests.native.cuda_loads import CHUNK, MOST_BUFFERS, SIZES, THREADS, Loads, 
 from tests.native.jobs import until
 
 if TYPE_CHECKING:
-    from asyncload_native import Engine
+    from asyncload_native import Engine, Job
 
 pytestmark = [pytest.mark.native, pytest.mark.parametrize("loads", ["libstub_cuda.so"], indirect=True)]
 
@@ -36,9 +36,10 @@ def engine(loads: Loads) -> Iterator[Engine]:
 def fill(loads: Loads, engine: Engine) -> None:
     """Has as much under way as there may be, which is held."""
     loads.cuda.hold(True)
-    for count in range(1, UNDER_WAY + 1):
-        loads.begin(engine, sizes=[1000])
-        until(lambda count=count: loads.cuda.calls("cuEventRecord") == count)
+    begun: list[Job] = []
+    for _ in range(UNDER_WAY):
+        begun.append(loads.begin(engine, sizes=[1000])[0])
+        until(lambda: loads.cuda.calls("cuEventRecord") == len(begun))
 
 
 def test_what_comes_while_enough_is_under_way_is_enqueued_in_one_call(loads: Loads, engine: Engine) -> None:

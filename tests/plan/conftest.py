@@ -19,14 +19,11 @@ def make_header() -> HeaderMaker:
 
     def make(tensors: Mapping[str, tuple[GGMLType, tuple[int, ...]]], metadata: Mapping[str, Any]) -> Header:
         infos: dict[str, TensorInfo] = {}
-        layers: dict[int, tuple[TensorInfo, ...]] = {}
         offset = 4096
         for name, (kind, shape) in tensors.items():
             info = TensorInfo(name, kind, shape, offset, kind.nbytes(math.prod(shape)))
             offset += -(-info.nbytes // 32) * 32
             infos[name] = info
-            if info.layer is not None:
-                layers[info.layer] = (*layers.get(info.layer, ()), info)
         return Header(
             version=3,
             alignment=32,
@@ -34,7 +31,6 @@ def make_header() -> HeaderMaker:
             tensors=infos,
             data_offset=4096,
             nbytes=sum(info.nbytes for info in infos.values()),
-            layers=dict(sorted(layers.items())),
         )
 
     return make
