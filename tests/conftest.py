@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # Shared machines are slow at times, and a slow example is no failure: pytest-timeout guards against hangs.
+# Tests that hold a stream up must not hold up others, which share its queue on the device where there are more streams.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 settings.register_profile("asyncload", deadline=None, max_examples=int(os.environ.get("ASYNCLOAD_EXAMPLES", "100")))
 settings.load_profile("asyncload")
 
