@@ -83,9 +83,9 @@ def test_copies_that_the_driver_does_not_take_together_go_one_by_one(loads: Load
 def test_a_copy_that_fails_fails_no_other_jobs(loads: Loads, engine: Engine) -> None:
     fill(loads, engine)
     job, targets = loads.begin(engine, sizes=SIZES[:1])
-    other, _ = loads.begin(engine, sizes=SIZES[:3], admit=False)
-    engine.admit(other, max(other.groups) + 1, 0, np.array([16, 16, 16], np.uint64))  # where there is no memory
-    until(lambda: min(each.times().read_nbytes for each in (job, other)) >= CHUNK)
+    other, _ = loads.begin(engine, sizes=[1000], admit=False)
+    engine.admit(other, max(other.groups) + 1, 0, np.array([16], np.uint64))  # where there is no memory
+    until(lambda: job.times().read_nbytes >= CHUNK and other.times().read_nbytes == 1000)
     loads.cuda.hold(False)
     failure = failure_of(other)
     assert (failure.tensor, failure.code) == (0, "CUDA_ERROR_INVALID_VALUE")
