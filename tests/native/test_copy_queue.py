@@ -85,7 +85,7 @@ def test_a_copy_that_fails_fails_no_other_jobs(loads: Loads, engine: Engine) -> 
     job, targets = loads.begin(engine, sizes=SIZES[:1])
     other, _ = loads.begin(engine, sizes=[1000], admit=False)
     engine.admit(other, max(other.groups) + 1, 0, np.array([16], np.uint64))  # where there is no memory
-    until(lambda: job.times().read_nbytes >= CHUNK and other.times().read_nbytes == 1000)
+    until(lambda: job.times().read_nbytes > 0)  # threads that wait for what is under way may have taken the rest
     loads.cuda.hold(False)
     failure = failure_of(other)
     assert (failure.tensor, failure.code) == (0, "CUDA_ERROR_INVALID_VALUE")
