@@ -99,13 +99,24 @@ def test_a_copy_that_fails_fails_no_other_jobs(loads: Loads, engine: Engine) -> 
 def test_copies_whose_event_fails_fail_behind_their_end(loads: Loads, engine: Engine, function: str) -> None:
     loads.cuda.hold(True)
     loads.cuda.fail(function, UNKNOWN)
-    job, targets = loads.begin(engine)
+    job, targets = loads.begin(engine, sizes=[1000])
     assert not ended(job, 0.3)
     loads.cuda.hold(False)
     assert function in failure_of(job).what
     for address in targets:  # which is a violation under work
         assert loads.cuda.call("cuMemFree_v2", address) == 0
+
+
+def test_copies_after_those_whose_event_failed_are_awaited(loads: Loads, engine: Engine) -> None:
+    loads.cuda.fail("cuEventRecord", UNKNOWN)
+    assert failure_of(loads.begin(engine, sizes=[1000])[0]).code
+    recorded = loads.cuda.calls("cuEventRecord")
+    loads.cuda.hold(True)
     job, targets = loads.begin(engine)
+    until(lambda: loads.cuda.calls("cuEventRecord") == recorded + UNDER_WAY)
+    assert not ended(job, 0.1)
+    assert job.times().uploaded_nbytes == 0
+    loads.cuda.hold(False)
     assert ended(job)
     assert loads.arrived(targets)
 
