@@ -137,9 +137,17 @@ class Options:
         return self.staging // self.chunk_size if self.chunk_size else 0
 
     @property
+    def scratch_chunks(self) -> int:
+        """How many chunks a device decodes in, once the sizes stand.
+
+        One for each stream; with the native engine one for each staging buffer.
+        """
+        return self.streams if self.engine == "python" else self.buffers
+
+    @property
     def scratch(self) -> int:
-        """Bytes in which a device decodes, a chunk for each stream, once these stand."""
-        return self.streams * self.chunk_size
+        """Bytes of these."""
+        return self.scratch_chunks * self.chunk_size
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:

@@ -14,10 +14,10 @@ __all__ = ["Scratch"]
 
 
 class Scratch:
-    """``count`` buffers of ``nbytes`` bytes, one a stream, which are there as long as anybody needs them.
+    """``count`` buffers of ``nbytes`` bytes, which are there as long as anybody needs them: one a stream, or a chunk.
 
-    What a stream copies into its buffer comes behind the kernels that read what was there before, so one is enough,
-    whoever uses the stream.
+    What is copied into a stream's, or out of a staging buffer into its own, comes behind the kernels that read what was
+    there before, so one is enough, whoever uses the stream or the staging buffer. They are one allocation.
     """
 
     def __init__(self, tracker: VramTracker, nbytes: int, count: int) -> None:
@@ -26,22 +26,20 @@ class Scratch:
         self._count = count
         self._lock = threading.Lock()
         self._users = 0
-        self._buffers: list[Allocation] = []
+        self._memory: Allocation | None = None
 
     def acquire(self) -> Sequence[DeviceMemory]:
         """The buffers, allocated for the first of their users; blocks. Raises ``OutOfDeviceMemoryError``."""
         with self._lock:
-            if not self._users:
-                self._buffers = [
-                    self._tracker.allocate(self._nbytes, Purpose.SCRATCH, f"packed bytes on stream {index}")
-                    for index in range(self._count)
-                ]
+            if self._memory is None:
+                total = self._count * self._nbytes
+                self._memory = self._tracker.allocate(total, Purpose.SCRATCH, "packed bytes that are being decoded")
             self._users += 1
-            return [buffer.memory for buffer in self._buffers]
+            return [self._memory.memory.part(index * self._nbytes, self._nbytes) for index in range(self._count)]
 
     def release(self) -> None:
         """Says that one user's work has ended; the last one's frees the buffers. Never waits for the device."""
         with self._lock:
             self._users -= 1
             if not self._users:
-                self._buffers = []
+                self._memory = None

@@ -77,7 +77,7 @@ class NativeBackend:
         self.device = device
         self.spans = spans
         self.options = options = replace(options, engine="native").suited_to(device.info.kind)
-        self.scratch = Scratch(tracker, options.chunk_size, options.streams)
+        self.scratch = Scratch(tracker, options.chunk_size, options.scratch_chunks)
         with ExitStack() as stack:
             ring = device.staging(options.buffers * options.chunk_size)
             stack.callback(ring.close)

@@ -28,7 +28,7 @@ class PythonBackend:
     def __init__(self, device: Device, tracker: VramTracker, spans: ThreadSpans, options: Options) -> None:
         self.options = options
         self.spans = spans
-        self.scratch = Scratch(tracker, options.chunk_size, options.streams)
+        self.scratch = Scratch(tracker, options.chunk_size, options.scratch_chunks)
         with ExitStack() as stack:
             self.staging = StagingPool(device, options.chunk_size, options.buffers)
             stack.callback(self.staging.close)

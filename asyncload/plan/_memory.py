@@ -122,7 +122,7 @@ def plan_memory(
 
     ``dtype``, ``device`` and ``options`` (``chunk_size``, ``streams``, ``staging``, ``decode``) are those of a load;
     where the device decodes, its scratch is counted in every mode. In a slot each tensor takes a multiple of 256 bytes.
-    One that stays has an allocation of its own, as each slot has, and each stream's scratch: for these CUDA takes whole
+    One that stays has an allocation of its own, as each slot has, and the scratch: for these CUDA takes whole
     blocks of 2 MiB where they are above 1 MiB.
 
     ``context`` is the tokens that the cache of keys and values holds, all sequences together (None: what the model was

@@ -102,7 +102,7 @@ def count_weights(
                 for number in layers
             }
         ),
-        scratch=allocated_nbytes(device, [options.chunk_size] * options.streams) if plan.kernels(Decode.DEVICE) else 0,
+        scratch=allocated_nbytes(device, [options.scratch]) if plan.kernels(Decode.DEVICE) else 0,
     )
 
 

@@ -1,13 +1,17 @@
 #include "copy_queue.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "threads.h"
 
 namespace asyncload {
 
-CopyQueue::CopyQueue(Device& device) : stream_(device.open_stream()) {
-    for (Batch& batch : batches_) batch.event = device.make_event(false, Wait::poll);
+CopyQueue::CopyQueue(Device& device) : copying_(device.open_stream()), decoding_(device.open_stream()) {
+    for (Batch& batch : batches_) {
+        batch.copied = device.make_event(false, Wait::poll);
+        batch.ended = device.make_event(false, Wait::poll);
+    }
 }
 
 void CopyQueue::upload(Request& request) {
@@ -59,32 +63,48 @@ bool CopyQueue::send(Lock& lock) {
     return true;
 }
 
-bool CopyQueue::enqueue_together(const Batch& batch) {
+bool CopyQueue::copy_together(const Batch& batch) {
     try {
         copies_.clear();
         for (const Request* const request : batch.requests)
             copies_.insert(copies_.end(), request->copies.begin(), request->copies.end());
         if (copies_.size() < 2) return false;
-        stream_->upload_all(copies_);
+        copying_->upload_all(copies_);
         return true;
     } catch (const std::exception&) {
         return false;
     }
 }
 
-void CopyQueue::enqueue(Batch& batch) {
-    if (!enqueue_together(batch)) {
-        for (Request* const request : batch.requests) {
-            try {
-                for (const Copy& copy : request->copies) stream_->upload(copy);
-            } catch (const DeviceError& error) {
-                request->failure = error;
-            }
+void CopyQueue::try_each(const Batch& batch, const std::function<void(const Request&)>& enqueue) {
+    for (Request* const request : batch.requests) {
+        if (request->failure) continue;
+        try {
+            enqueue(*request);
+        } catch (const DeviceError& error) {
+            request->failure = error;
         }
     }
-    try {
-        stream_->record(*batch.event);  // also after a failure: there may be copies before it
-        batch.drained = false;
+}
+
+void CopyQueue::enqueue(Batch& batch) {
+    if (!copy_together(batch)) {
+        try_each(batch, [this](const Request& request) {
+            for (const Copy& copy : request.copies) copying_->upload(copy);
+        });
+    }
+    const bool decodes =
+        std::ranges::any_of(batch.requests, [](const Request* request) { return !request->decodings.empty(); });
+    batch.drained = false;
+    try {  // also after a failure: there may be copies before it
+        if (!decodes) return copying_->record(*batch.ended);
+        copying_->record(*batch.copied);
+        decoding_->wait(*batch.copied);
+        try_each(batch, [this](const Request& request) {
+            for (const auto& [kernel, source, target, n_blocks] : request.decodings)
+                decoding_->decode(kernel, source, target, n_blocks);
+        });
+        decoding_->record(*batch.ended);
     } catch (const DeviceError& error) {
         drain(batch, error);
         batch.drained = true;
@@ -94,7 +114,7 @@ void CopyQueue::enqueue(Batch& batch) {
 bool CopyQueue::done(Batch& batch) {
     if (batch.drained) return true;
     try {
-        return batch.event->done();
+        return batch.ended->done();
     } catch (const DeviceError& error) {
         drain(batch, error);
         return true;
@@ -102,7 +122,8 @@ bool CopyQueue::done(Batch& batch) {
 }
 
 void CopyQueue::drain(Batch& batch, const DeviceError& error) {
-    stream_->drain();
+    copying_->drain();
+    decoding_->drain();
     for (Request* const request : batch.requests)
         if (!request->failure) request->failure = error;
 }

@@ -16,7 +16,7 @@ Engine::Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& o
     std::uint32_t first = 0;
     for (std::uint32_t index = 0; index < options_.threads; ++index) {  // shares differ by one at most
         const std::uint32_t end = options_.buffers * (index + 1) / options_.threads;
-        workers_.push_back(std::make_unique<Worker>(*this, index, ring + first * options_.chunk_size, end - first));
+        workers_.push_back(std::make_unique<Worker>(*this, index, ring, first, end - first));
         first = end;
     }
     try {
@@ -32,6 +32,8 @@ Engine::~Engine() {
 }
 
 void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::shared_ptr<Event>> after) {
+    if (!scratch.empty() && scratch.size() < options_.buffers)
+        throw std::out_of_range("each buffer needs a scratch of its own");
     std::shared_ptr<Job> ended;
     {
         const std::lock_guard lock(mutex_);

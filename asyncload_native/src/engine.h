@@ -19,8 +19,9 @@
 namespace asyncload {
 
 // Threads over one device and one ring of staging buffers. Each thread owns a stream, its share of the buffers, and for
-// each of these an event: it reads into one while the other's copy is under way, and waits for nobody else. Where the
-// device is faster with copies that come together, plain ones go through a queue of all threads' instead.
+// each of these an event: it reads into one while the others' copies are under way, and waits for nobody else. Where
+// the device is faster with copies that come together, those that need not be timed and wait for nothing go through a
+// queue of all threads' instead.
 class Engine {
   public:
     struct Options {
@@ -41,7 +42,7 @@ class Engine {
     const Options& options() const noexcept { return options_; }
 
     // Has a job's chunks moved as far as groups are admitted. `after`: see `Job`; `scratch`: device memory of a chunk's
-    // size for each thread, or nothing where the device decodes nothing.
+    // size for each buffer, or nothing where the device decodes nothing. Throws `std::out_of_range` for fewer.
     void submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std::vector<std::shared_ptr<Event>> after);
     // Lets the groups below `groups` be moved, for which the targets, from tensor `first` on, are given; whether others
     // of its chunks were waiting for a thread. Throws `std::out_of_range` for more than there are.

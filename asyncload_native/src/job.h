@@ -107,7 +107,7 @@ class Job : public std::enable_shared_from_this<Job> {
 
     // Written, under the engine's lock, before the first of a group's chunks is copied.
     std::vector<Address> targets_;               // by tensor
-    std::vector<Address> scratch_;               // by the engine's thread
+    std::vector<Address> scratch_;               // by the engine's buffer
     std::vector<std::shared_ptr<Event>> after_;  // that the streams wait for, on the device, before the first chunk
     std::vector<char> begun_;  // by the engine's thread, which alone touches it: its stream waits for them
 

@@ -25,11 +25,12 @@ double since(Clock::time_point begin) {
 
 }  // namespace
 
-Engine::Worker::Worker(Engine& engine, std::uint32_t index, std::byte* buffers, std::uint32_t count)
+Engine::Worker::Worker(Engine& engine, std::uint32_t index, std::byte* ring, std::uint32_t first, std::uint32_t count)
     : engine_(engine), device_(*engine.device_), index_(index), stream_(device_.open_stream()) {
     const std::uint64_t size = engine.options_.chunk_size;
-    for (std::uint32_t lane = 0; lane < count; ++lane)
-        lanes_.push_back({{buffers + lane * size, size}, device_.make_event(false, Wait::poll), {}, std::nullopt});
+    for (std::uint32_t number = first; number < first + count; ++number)
+        lanes_.push_back(
+            {number, {ring + number * size, size}, device_.make_event(false, Wait::poll), {}, std::nullopt});
 }
 
 void Engine::Worker::run() {
@@ -162,10 +163,8 @@ bool Engine::Worker::decode(const Lane& lane, const Task& task, std::span<const 
     return true;
 }
 
-bool Engine::Worker::may_queue(const Job& job, std::span<const Segment> segments) const {
-    return engine_.copies_ && job.after_.empty() && !job.timed_ &&
-           std::ranges::none_of(
-               segments, [&](const Segment& segment) { return job.tensors_[segment.tensor].decode == Decode::device; });
+bool Engine::Worker::may_queue(const Job& job) const {
+    return engine_.copies_ && job.after_.empty() && !job.timed_;
 }
 
 void Engine::Worker::upload(Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
@@ -177,19 +176,25 @@ void Engine::Worker::upload(Lane& lane, const Task& task, std::span<const Segmen
         job.begun_[index_] = 1;
     }
     if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true, Wait::poll)));
-    const bool queue = may_queue(job, segments);
+    const bool queue = may_queue(job);
     lane.request.copies.clear();
+    lane.request.decodings.clear();
     for (const Segment& segment : segments) {
         if (segment.target_nbytes == 0) continue;
         const TensorWork& tensor = job.tensors_[segment.tensor];
         const Address target = job.targets_[segment.tensor] + segment.target_offset;
         const std::byte* const source = &lane.buffer[segment.upload_offset];
         if (tensor.decode == Decode::device) {
-            const Address packed = job.scratch_[index_] + segment.source_offset;
-            flight.enqueued = true;
-            stream_->upload({packed, source, segment.upload_nbytes});
-            stream_->decode(tensor.kernel, packed, target,
-                            static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes));
+            const Address packed = job.scratch_[lane.number] + segment.source_offset;
+            const auto n_blocks = static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes);
+            if (queue) {
+                lane.request.copies.push_back({packed, source, segment.upload_nbytes});
+                lane.request.decodings.push_back({tensor.kernel, packed, target, n_blocks});
+            } else {
+                flight.enqueued = true;
+                stream_->upload({packed, source, segment.upload_nbytes});
+                stream_->decode(tensor.kernel, packed, target, n_blocks);
+            }
         } else if (!task.in_place && queue) {
             lane.request.copies.push_back({target, source, segment.upload_nbytes});
         } else if (!task.in_place) {

@@ -28,6 +28,7 @@ struct Engine::Flight {
 
 // A staging buffer, and what tells of the end of what is enqueued from it: an event, or a request.
 struct Engine::Lane {
+    std::uint32_t number;
     std::span<std::byte> buffer;
     std::shared_ptr<Event> event;
     CopyQueue::Request request;
@@ -36,7 +37,8 @@ struct Engine::Lane {
 
 class Engine::Worker {
   public:
-    Worker(Engine& engine, std::uint32_t index, std::byte* buffers, std::uint32_t count);
+    // `first`: the number of its first buffer.
+    Worker(Engine& engine, std::uint32_t index, std::byte* ring, std::uint32_t first, std::uint32_t count);
     // Takes chunks until the engine is closed.
     void run();
 
@@ -50,8 +52,8 @@ class Engine::Worker {
     // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
     // a kernel fails.
     bool decode(const Lane& lane, const Task& task, std::span<const Segment> segments);
-    // Whether the copies may go with those of other threads: nothing goes before or behind them but copies.
-    bool may_queue(const Job& job, std::span<const Segment> segments) const;
+    // Whether copies and kernels may go with those of other threads: nothing has to be waited for or timed.
+    bool may_queue(const Job& job) const;
     // Enqueues copies and kernels, or copies in place.
     void upload(Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
                 Flight& flight);

@@ -69,8 +69,8 @@ def test_the_cache_is_what_was_asked_for(tiny_model: Path, capsys: pytest.Captur
 def test_decoding_and_its_scratch(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, tiny_model, "--free", "8GiB", "--device", "cuda", "--dtype", "bf16")
     options = Options().suited_to("cuda")
-    blocks = -(-options.chunk_size // (2 << 20))  # in which CUDA allocates
-    assert found["bytes"]["scratch"] == options.streams * blocks * (2 << 20)
+    blocks = -(-options.buffers * options.chunk_size // (2 << 20))  # in which CUDA allocates
+    assert found["bytes"]["scratch"] == blocks * (2 << 20)
     assert {tensor["decode"] for tensor in found["tensors"]} == {"device"}
     found = plan_json(capsys, tiny_model, "--free", "8GiB", "--device", "cuda", "--dtype", "bf16", "--decode", "host")
     assert found["bytes"]["scratch"] == 0

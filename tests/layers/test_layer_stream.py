@@ -691,7 +691,7 @@ async def test_no_more_is_taken_than_the_plan_says(
                         stream.call(lambda: time.sleep(0.001))
             breakdown = layers.plan.breakdown
             assert {name: size for name, size in peaks.items() if size > breakdown[name]} == {}
-            assert peaks["scratch"] == breakdown["scratch"] == options.streams * options.chunk_size
+            assert peaks["scratch"] == breakdown["scratch"] == options.suited_to("host").scratch
             assert total <= layers.plan.total
             assert await sweep(layers) == (ORDER, layers_only(six_layers[1]))
             await run_in_thread(stream.close)

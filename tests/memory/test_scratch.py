@@ -35,7 +35,7 @@ def test_too_little_memory_leaves_none_of_it_taken() -> None:
     for _ in range(2):
         with pytest.raises(OutOfDeviceMemoryError) as caught:
             scratch.acquire()
-        assert caught.value.breakdown == {"scratch": 3 * 4096}
+        assert caught.value.breakdown == {}  # it is one allocation
         del caught
         tracker.flush()
         assert tracker.total == 0

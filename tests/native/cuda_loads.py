@@ -41,7 +41,7 @@ class Loads:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.ring))
         assert cuda.call("cuMemHostRegister_v2", self.address, MOST_BUFFERS * CHUNK, 0) == 0
         self.device: CudaDevice = CudaDevice(Driver(cuda.path), 0)
-        self.scratch = [cuda.make("cuMemAlloc_v2", CHUNK) for _ in range(THREADS)]
+        self.scratch = [cuda.make("cuMemAlloc_v2", CHUNK) for _ in range(MOST_BUFFERS)]
 
     def make_engine(
         self, *, threads: int = THREADS, buffers: int = BUFFERS, retry_delay: float | None = None

@@ -56,6 +56,32 @@ def test_what_comes_while_enough_is_under_way_is_enqueued_in_one_call(loads: Loa
     assert calls <= UNDER_WAY + 1 + N_CHUNKS - MOST_BUFFERS
 
 
+def test_what_is_decoded_on_the_device_is_copied_together(loads: Loads, engine: Engine) -> None:
+    kernel = loads.cuda.kernel(loads.cuda.double, blocks_per_group=1), 1
+    loads.cuda.hold(True)
+    jobs = [loads.begin(engine, kernel=kernel), loads.begin(engine)]
+    until(lambda: sum(job.times().read_nbytes for job, _ in jobs) >= 6 * CHUNK)
+    loads.cuda.hold(False)
+    for job, _ in jobs:
+        assert ended(job)
+        assert job.poll().failure is None
+    assert loads.cuda.calls("cuMemcpyBatchAsync") > 0
+    assert loads.arrived(jobs[1][1])
+
+
+def test_a_kernel_that_is_refused_fails_no_other_jobs(loads: Loads, engine: Engine) -> None:
+    fill(loads, engine)
+    job, targets = loads.begin(engine, sizes=SIZES[:1])
+    loads.cuda.fail("cuLaunchKernel", UNKNOWN)
+    other, _ = loads.begin(engine, sizes=[1000], kernel=(loads.cuda.kernel(loads.cuda.double, blocks_per_group=1), 1))
+    until(lambda: job.times().read_nbytes > 0)
+    loads.cuda.hold(False)
+    assert "cuLaunchKernel" in failure_of(other).what
+    assert ended(job)
+    assert job.poll().failure is None
+    assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
+
+
 @pytest.mark.parametrize("timed", [False, True])
 def test_what_is_timed_or_waits_for_events_goes_by_itself(loads: Loads, engine: Engine, timed: bool) -> None:
     after = [] if timed else [loads.device.adopt_event(loads.cuda.make("cuEventCreate", 0))]

@@ -44,13 +44,13 @@ def device() -> HostDevice:
 
 
 class Targets:
-    """Memory for all tensors, and the scratch of two threads."""
+    """Memory for all tensors, and the scratch of eight buffers."""
 
     def __init__(self, tensors: Tensors, decode: int = NOWHERE) -> None:
         growth = 1 if decode == NOWHERE else 2
         self._tensors, self._decode = tensors, decode
         self._memory = [np.full(growth * nbytes, 0xEE, np.uint8) for nbytes in tensors.sizes]
-        self._scratch = [np.empty(CHUNK, np.uint8) for _ in range(2)]
+        self._scratch = [np.empty(CHUNK, np.uint8) for _ in range(8)]
         self.addresses = [memory.ctypes.data for memory in self._memory]
         self.scratch = [memory.ctypes.data for memory in self._scratch]
 
