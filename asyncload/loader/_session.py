@@ -76,6 +76,7 @@ class Session(Sink):
 
     def make_transfer(self) -> None:
         """Makes the transfer of what is not there yet; blocks."""
+        self.opened.pause()
         there = [self.plan.tensors[index] for index in self.landed_tensors]
         self.meter = ProgressMeter(
             self.opened.name,
