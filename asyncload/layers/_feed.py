@@ -12,7 +12,7 @@ from asyncload.errors import DeviceError
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed
-from asyncload.memory import Allocation, Purpose
+from asyncload.memory import Scratch
 from asyncload.pipeline import Engine, Sink
 from asyncload.plan import Decode, LayerPlan, TensorPlan, cut_tensor
 from asyncload.source import Source
@@ -40,13 +40,14 @@ class SlabFeed:
         self._thread = Threads(1, "asyncload-layers", nice=engine.python.options.nice)
         self._piece = engine.python.options.chunk_size
         self._streams: list[Stream] = []
-        self._scratch: list[Allocation] = []
+        streams = engine.python.options.streams if decodes else 1
+        self._scratch = Scratch(engine.tracker, self._piece, streams)
+        self._packed: Sequence[DeviceMemory] = ()  # by stream; only where the device decodes
         try:
-            for index in range(engine.python.options.streams if decodes else 1):
+            for _ in range(streams):
                 self._streams.append(engine.device.stream())
-                if decodes:
-                    description = f"packed bytes of layers, stream {index}"
-                    self._scratch.append(engine.tracker.allocate(self._piece, Purpose.SCRATCH, description))
+            if decodes:
+                self._packed = self._scratch.acquire()
         except BaseException:
             self.close()
             raise
@@ -81,10 +82,10 @@ class SlabFeed:
 
     def _copy(self, layer: LayerPlan, slot: DeviceMemory) -> None:
         slab = self._slabs[layer.number]
-        if not self._scratch:
+        if not self._packed:
             self._streams[0].upload(slot, 0, slab, 0, slab.nbytes)
             return
-        lanes = cycle(zip(self._streams, self._scratch, strict=True))
+        lanes = cycle(zip(self._streams, self._packed, strict=True))
         for (tensor, at), (_, offset, _) in zip(layer.placed, places(layer), strict=True):
             target = slot.part(at, tensor.nbytes)
             if tensor.decode is Decode.DEVICE:
@@ -99,11 +100,11 @@ class SlabFeed:
         target: DeviceMemory,
         slab: StagingMemory,
         offset: int,
-        lanes: Iterator[tuple[Stream, Allocation]],
+        lanes: Iterator[tuple[Stream, DeviceMemory]],
     ) -> None:
         for piece in cut_tensor(tensor, self._piece):
             stream, scratch = next(lanes)
-            packed = scratch.memory.part(0, piece.nbytes)
+            packed = scratch.part(0, piece.nbytes)
             stream.upload(packed, 0, slab, offset + piece.offset, piece.nbytes)
             decoded = target.part(piece.target_offset, piece.target_nbytes)
             stream.decode(tensor.info.type, tensor.dtype, packed, decoded)
@@ -115,7 +116,9 @@ class SlabFeed:
         """
         with ExitStack() as stack:
             stack.callback(self._slabs.close)
-            stack.callback(self._scratch.clear)
+            if self._packed:
+                self._packed = ()
+                stack.callback(self._scratch.release)
             for stream in self._streams:
                 stack.callback(stream.close)
             self._thread.close()

@@ -15,7 +15,7 @@ from asyncload.layers._feed import Settle
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
 from asyncload.layers._sweep import Fed
-from asyncload.memory import Allocation, Purpose
+from asyncload.memory import Scratch
 from asyncload.pipeline import Engine, NativeBackend, Sink, ThreadSpan
 from asyncload.plan import SLOT_ALIGNMENT, Decode, LayerPlan, LoadPlan, TensorPlan, cut_tensor
 from asyncload.source import Source
@@ -87,21 +87,20 @@ class NativeSlabFeed:
         self._indices = {layer.number: index for index, layer in enumerate(layers)}
         self._turn = anyio.Lock()
         self._feedings: dict[int, _Feeding] = {}
-        self._scratch: list[Allocation] = []
+        self._packed: Sequence[DeviceMemory] = ()  # by stream; only where the device decodes
         decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)
         streams = min(_STREAMS, backend.options.streams) if decodes else 1
         self._piece = backend.options.scratch // streams // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+        self._scratch = Scratch(engine.tracker, self._piece, streams)
         self._feed: Any = None
         try:
             if decodes:
-                for index in range(streams):
-                    description = f"packed bytes of layers, stream {index}"
-                    self._scratch.append(engine.tracker.allocate(self._piece, Purpose.SCRATCH, description))
+                self._packed = self._scratch.acquire()
             self._feed = backend.module.LayerFeed(
                 self._device.native(),
                 [np.array(list(self._pieces(layer)), np.uint64).reshape(-1, 6) for layer in layers],
                 streams=streams,
-                scratch=[scratch.address for scratch in self._scratch],
+                scratch=[memory.address for memory in self._packed],
                 each_arrival=not self._device.info.needs_stream,
                 trace=trace,
                 nice=backend.options.nice,
@@ -118,7 +117,7 @@ class NativeSlabFeed:
     def _pieces(self, layer: LayerPlan) -> Iterator[tuple[int, ...]]:
         """What ``asyncload_native.LayerFeed`` says of a layer: in one piece, unless the device decodes some of it."""
         slab = self._slabs[layer.number]
-        if not self._scratch:
+        if not self._packed:
             yield slab.address, slab.nbytes, 0, 0, 0, 0
             return
         for (tensor, at), (_, offset, _) in zip(layer.placed, places(layer), strict=True):
@@ -207,5 +206,7 @@ class NativeSlabFeed:
         if self._feed is not None:
             self._feed.close()
         self._feedings.clear()
-        self._scratch.clear()
+        if self._packed:
+            self._packed = ()
+            self._scratch.release()
         self._slabs.close()
