@@ -27,7 +27,7 @@ class CopyQueue {
 
     // Copies and kernels that belong together, and what became of them. The kernels read what any of the copies wrote.
     struct Request {
-        std::vector<Copy> copies;  // none of them of what another one, of any request, writes
+        std::vector<Copy> copies;  // in no order among them and those of other requests
         std::vector<Decoding> decodings;
         bool ended = false;
         std::optional<DeviceError> failure;

@@ -76,8 +76,8 @@ class Stream {
     // Copies host memory, registered with the device where it has that, which stays as it is until an event behind the
     // copy has passed.
     virtual void upload(const Copy& copy) = 0;
-    // Several copies, none of them of what another one writes, in one call where the device has such a call. If it
-    // throws, some may have been enqueued.
+    // Several copies, in no order among them, in one call where the device has such a call. If it throws, some may have
+    // been enqueued.
     virtual void upload_all(std::span<const Copy> copies) {
         for (const Copy& copy : copies) upload(copy);
     }
