@@ -33,7 +33,7 @@ double consume(LayerFeed& feed, Device& device, const std::vector<Address>& slot
         for (const SharedEvent& event : fed.front().arrived) stream->wait(*event);
         fed.pop_front();
         const std::size_t slot = use % slots.size();
-        stream->decode(work, slots[slot], slots[slot], amount);
+        stream->decode({work, slots[slot], slots[slot], amount});
         ended[slot] = device.make_event(false, Wait::interrupt);
         stream->record(*ended[slot]);
         ask(use + slots.size());

@@ -101,8 +101,7 @@ void CopyQueue::enqueue(Batch& batch) {
         copying_->record(*batch.copied);
         decoding_->wait(*batch.copied);
         try_each(batch, [this](const Request& request) {
-            for (const auto& [kernel, source, target, n_blocks] : request.decodings)
-                decoding_->decode(kernel, source, target, n_blocks);
+            for (const Decoding& decoding : request.decodings) decoding_->decode(decoding);
         });
         decoding_->record(*batch.ended);
     } catch (const DeviceError& error) {

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstddef>
-#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -18,13 +17,6 @@ namespace asyncload {
 // its copies in one call, by whoever next asks for some or waits for some.
 class CopyQueue {
   public:
-    // A kernel that decodes blocks on the device.
-    struct Decoding {
-        Kernel kernel;
-        Address source, target;
-        std::int64_t n_blocks;
-    };
-
     // Copies and kernels that belong together, and what became of them. The kernels read what any of the copies wrote.
     struct Request {
         std::vector<Copy> copies;  // in no order among them and those of other requests

@@ -87,7 +87,7 @@ class CudaStream final : public Stream {
     }
 
     void upload_all(std::span<const Copy> copies) override {
-        if (!driver_.cuMemcpyBatchAsync || copies.size() < 2) return Stream::upload_all(copies);
+        if (!driver_.cuMemcpyBatchAsync) return Stream::upload_all(copies);
         std::vector<CUdeviceptr> targets, sources;
         std::vector<std::size_t> sizes;
         for (const Copy& copy : copies) {
@@ -101,7 +101,8 @@ class CudaStream final : public Stream {
                                    &refused, stream_);
     }
 
-    void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) override {
+    void decode(const Decoding& decoding) override {
+        auto [kernel, source, target, n_blocks] = decoding;
         const auto groups =
             (static_cast<std::uint64_t>(n_blocks) + kernel.blocks_per_group - 1) / kernel.blocks_per_group;
         void* arguments[] = {&source, &target, &n_blocks};

@@ -53,6 +53,13 @@ struct Copy {
     std::size_t nbytes;
 };
 
+// The decoding of blocks, all of it in the device's memory.
+struct Decoding {
+    Kernel kernel;
+    Address source, target;
+    std::int64_t n_blocks;
+};
+
 // A point in a stream's work. Before it is recorded it counts as passed.
 class Event : public std::enable_shared_from_this<Event> {
   public:
@@ -81,7 +88,7 @@ class Stream {
     virtual void upload_all(std::span<const Copy> copies) {
         for (const Copy& copy : copies) upload(copy);
     }
-    virtual void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) = 0;
+    virtual void decode(const Decoding& decoding) = 0;
     virtual void wait(Event& event) = 0;
     virtual void record(Event& event) = 0;
     // Sleeps until all work has ended. Raises `DeviceError` if some of it failed.

@@ -110,10 +110,11 @@ class HostStream final : public Stream {
         });
     }
 
-    void decode(const Kernel& kernel, Address source, Address target, std::int64_t n_blocks) override {
-        push([=, function = reinterpret_cast<HostKernel>(kernel.handle),
-              use = device_.use(target, source, 1)] {  // of each, as much as says which it is
-            if (function(static_cast<std::intptr_t>(source), static_cast<std::intptr_t>(target), n_blocks) != 1)
+    void decode(const Decoding& decoding) override {
+        push([decoding, function = reinterpret_cast<HostKernel>(decoding.kernel.handle),
+              use = device_.use(decoding.target, decoding.source, 1)] {  // of each, as much as says which it is
+            if (function(static_cast<std::intptr_t>(decoding.source), static_cast<std::intptr_t>(decoding.target),
+                         decoding.n_blocks) != 1)
                 throw DeviceError("a decoding kernel failed", "");
         });
     }

@@ -104,7 +104,7 @@ void LayerFeed::copy(const Layer& layer, Address slot) {
         if (piece.n_blocks > 0) {
             const Address packed = options_.scratch[lane];
             stream.upload({packed, pointer(piece.source), piece.nbytes});
-            stream.decode(piece.kernel, packed, slot + piece.offset, piece.n_blocks);
+            stream.decode({piece.kernel, packed, slot + piece.offset, piece.n_blocks});
         } else {
             stream.upload({slot + piece.offset, pointer(piece.source), piece.nbytes});
         }

@@ -163,8 +163,15 @@ bool Engine::Worker::decode(const Lane& lane, const Task& task, std::span<const 
     return true;
 }
 
-bool Engine::Worker::may_queue(const Job& job) const {
-    return engine_.copies_ && job.after_.empty() && !job.timed_;
+void Engine::Worker::enqueue(const Job& job, CopyQueue::Request& request, Flight& flight) {
+    if (engine_.copies_ && job.after_.empty() && !job.timed_) {
+        engine_.copies_->upload(request);
+        flight.enqueued = flight.queued = true;
+        return;
+    }
+    flight.enqueued = true;  // whatever fails
+    for (const Copy& copy : request.copies) stream_->upload(copy);
+    for (const Decoding& decoding : request.decodings) stream_->decode(decoding);
 }
 
 void Engine::Worker::upload(Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
@@ -176,9 +183,10 @@ void Engine::Worker::upload(Lane& lane, const Task& task, std::span<const Segmen
         job.begun_[index_] = 1;
     }
     if (job.timed_) stream_->record(*(flight.begun = device_.make_event(true, Wait::poll)));
-    const bool queue = may_queue(job);
-    lane.request.copies.clear();
-    lane.request.decodings.clear();
+    auto& copies = lane.request.copies;
+    auto& decodings = lane.request.decodings;
+    copies.clear();
+    decodings.clear();
     for (const Segment& segment : segments) {
         if (segment.target_nbytes == 0) continue;
         const TensorWork& tensor = job.tensors_[segment.tensor];
@@ -186,29 +194,17 @@ void Engine::Worker::upload(Lane& lane, const Task& task, std::span<const Segmen
         const std::byte* const source = &lane.buffer[segment.upload_offset];
         if (tensor.decode == Decode::device) {
             const Address packed = job.scratch_[lane.number] + segment.source_offset;
-            const auto n_blocks = static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes);
-            if (queue) {
-                lane.request.copies.push_back({packed, source, segment.upload_nbytes});
-                lane.request.decodings.push_back({tensor.kernel, packed, target, n_blocks});
-            } else {
-                flight.enqueued = true;
-                stream_->upload({packed, source, segment.upload_nbytes});
-                stream_->decode(tensor.kernel, packed, target, n_blocks);
-            }
-        } else if (!task.in_place && queue) {
-            lane.request.copies.push_back({target, source, segment.upload_nbytes});
+            copies.push_back({packed, source, segment.upload_nbytes});
+            decodings.push_back({tensor.kernel, packed, target,
+                                 static_cast<std::int64_t>(segment.source_nbytes / tensor.block_nbytes)});
         } else if (!task.in_place) {
-            flight.enqueued = true;
-            stream_->upload({target, source, segment.upload_nbytes});
+            copies.push_back({target, source, segment.upload_nbytes});
         } else if (tensor.decode == Decode::none && bytes.data() == lane.buffer.data()) {
             std::copy_n(source, segment.upload_nbytes, pointer(target));
         }
         flight.nbytes += segment.upload_nbytes;
     }
-    if (!lane.request.copies.empty()) {
-        engine_.copies_->upload(lane.request);
-        flight.enqueued = flight.queued = true;
-    }
+    if (!copies.empty()) enqueue(job, lane.request, flight);
     job.spans_.note(Span::What::enqueue, index_, segments.front().tensor, flight.begin);
 }
 

@@ -52,8 +52,9 @@ class Engine::Worker {
     // Decodes what the host decodes, into the target where it may write that, or else behind the packed bytes; false if
     // a kernel fails.
     bool decode(const Lane& lane, const Task& task, std::span<const Segment> segments);
-    // Whether copies and kernels may go with those of other threads: nothing has to be waited for or timed.
-    bool may_queue(const Job& job) const;
+    // Enqueues what there is to copy, and kernels behind it: with that of other threads, where nothing has to be waited
+    // for or timed, or else on the thread's own stream.
+    void enqueue(const Job& job, CopyQueue::Request& request, Flight& flight);
     // Enqueues copies and kernels, or copies in place.
     void upload(Lane& lane, const Task& task, std::span<const Segment> segments, std::span<std::byte> bytes,
                 Flight& flight);

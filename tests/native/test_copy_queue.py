@@ -121,18 +121,6 @@ def test_a_copy_that_fails_fails_no_other_jobs(loads: Loads, engine: Engine) -> 
     assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
 
 
-@pytest.mark.parametrize("function", ["cuEventRecord", "cuEventQuery"])
-def test_copies_whose_event_fails_fail_behind_their_end(loads: Loads, engine: Engine, function: str) -> None:
-    loads.cuda.hold(True)
-    loads.cuda.fail(function, UNKNOWN)
-    job, targets = loads.begin(engine, sizes=[1000])
-    assert not ended(job, 0.3)
-    loads.cuda.hold(False)
-    assert function in failure_of(job).what
-    for address in targets:  # which is a violation under work
-        assert loads.cuda.call("cuMemFree_v2", address) == 0
-
-
 def test_copies_after_those_whose_event_failed_are_awaited(loads: Loads, engine: Engine) -> None:
     loads.cuda.fail("cuEventRecord", UNKNOWN)
     assert failure_of(loads.begin(engine, sizes=[1000])[0]).code

@@ -143,8 +143,10 @@ def test_a_job_whose_event_fails_ends_behind_its_copies(loads: Loads, engine: En
     job, targets = loads.begin(engine, sizes=[1000])
     assert not ended(job, 0.3)
     loads.cuda.hold(False)
-    assert failure_of(job).code
-    for address in targets:
+    failure = failure_of(job)
+    assert failure.code
+    assert function in failure.what
+    for address in targets:  # which is a violation under work
         assert loads.cuda.call("cuMemFree_v2", address) == 0
 
 
