@@ -11,10 +11,12 @@ import ctypes
 import os
 import platform
 import threading
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import ExitStack, closing
 from importlib import import_module
+from itertools import accumulate
 from typing import Any
 
 from asyncload.device._contract import (
@@ -141,33 +143,62 @@ class HostDevice:
     # Memory
 
     def allocate(self, nbytes: int) -> DeviceMemory:
-        """Maps memory of its own for each allocation, filled with zeros."""
-        if self.on_allocate is not None:
-            self.on_allocate(nbytes)
-        if nbytes == 0:
-            return DeviceMemory(0, 0)
-        with self._lock:  # taken before it is mapped, so that two threads cannot share the last bytes
-            free = self._info.total_bytes - self._used
-            if nbytes > free:
-                raise self._out_of_memory(nbytes, free)
-            self._used += nbytes
-        try:
-            pages = Pages(nbytes)
-        except MemoryError as error:
-            with self._lock:
-                self._used -= nbytes
-            raise self._out_of_memory(nbytes, free) from error
-        with self._lock:
-            self._allocated[pages.address] = pages
-        return DeviceMemory(pages.address, nbytes)
+        """Maps memory that is filled with zeros."""
+        return self.allocate_all([nbytes])[0]
 
     def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
-        """One after the other."""
-        return allocate_each(sizes, self.allocate, self.free)
+        """Maps it all at once, each to be freed by itself."""
+        fitting = self._reserve(sizes)
+        if len(fitting) < len(sizes):
+            free = self._release(sum(fitting))
+            raise self._out_of_memory(sizes[len(fitting)], free)
+        with closing(self._map(fitting)) as memory:
+            return allocate_each(fitting, lambda _: next(memory), self.free)
 
     def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
-        """One after the other."""
-        return allocate_until(sizes, self.allocate, recipient)
+        """Maps it all at once, each to be freed by itself."""
+        fitting = self._reserve(sizes)
+        with closing(self._map(fitting)) as memory:
+            return allocate_until(fitting, lambda _: next(memory), recipient)
+
+    def _reserve(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Takes bytes into account before they are mapped, for as many of several as there are bytes for.
+
+        So two threads cannot share the last ones.
+        """
+        with self._lock:
+            ends = [*accumulate(sizes)]
+            fitting = sizes[: bisect_right(ends, self._info.total_bytes - self._used)]
+            self._used += sum(fitting)
+        return fitting
+
+    def _release(self, nbytes: int) -> int:
+        """Takes back what was taken into account; the bytes that are free then."""
+        with self._lock:
+            self._used -= nbytes
+            return self._info.total_bytes - self._used
+
+    def _map(self, sizes: Sequence[int]) -> Generator[DeviceMemory]:
+        """Maps memory that is reserved; what is not taken is free again when the generator is closed."""
+        reserved = sum(sizes)
+        with closing(Pages.several([nbytes for nbytes in sizes if nbytes])) as several:
+            try:
+                for nbytes in sizes:
+                    if self.on_allocate is not None:
+                        self.on_allocate(nbytes)
+                    memory = DeviceMemory(0, 0)
+                    if nbytes:
+                        try:
+                            pages = next(several)
+                        except MemoryError as error:
+                            raise self._out_of_memory(reserved, self.memory().free + reserved) from error
+                        memory = DeviceMemory(pages.address, nbytes)
+                        with self._lock:
+                            self._allocated[pages.address] = pages
+                    reserved -= nbytes
+                    yield memory
+            finally:
+                self._release(reserved)
 
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfDeviceMemoryError:
         return OutOfDeviceMemoryError(

@@ -7,9 +7,10 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from typing import Final
 
 __all__ = ["Pages"]
@@ -34,21 +35,16 @@ except ImportError:
 class Pages:
     """``nbytes`` zero bytes from ``address`` on, aligned to a page, in huge pages where the system has them.
 
-    Raises ``MemoryError`` if there is no address space or memory for them.
+    With an ``address`` those that are mapped there, of which it is the owner from now on. Raises ``MemoryError`` if
+    there is no address space or memory for them.
     """
 
     __slots__ = ("address", "nbytes", "view")
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, address: int | None = None) -> None:
         length = max(nbytes, 1)
-        if length > sys.maxsize:
-            raise MemoryError(f"the system has no {nbytes} bytes: more than an address can count")
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-        if address in {None, _MAP_FAILED}:
-            raise MemoryError(f"the system has no {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
-        if nbytes >= _HUGE_PAGE:
-            _libc.madvise(address, length, mmap.MADV_HUGEPAGE)  # a kernel without them refuses, and that is fine
+        if address is None:
+            address = _map(length)
         # What all views stand on: when the last of them goes, so do the pages. Python's own mmap unmaps with the
         # interpreter lock held, which for a few hundred megabytes takes longer than an event loop may wait.
         array = (ctypes.c_char * length).from_address(address)
@@ -57,6 +53,24 @@ class Pages:
         self.nbytes = nbytes
         self.address = address
         self.view = memoryview(array).cast("B")[:nbytes]
+
+    @classmethod
+    def several(cls, sizes: Sequence[int]) -> Generator[Pages]:
+        """Pages of several sizes, mapped at once, each of which goes back to the system by itself.
+
+        A call for each would wait for all threads that fill in pages at that moment, again and again. What is not
+        taken goes back when the generator is closed.
+        """
+        begins = [*accumulate((-(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in sizes), initial=0)]
+        address = left = _map(max(begins[-1], 1))
+        try:
+            for nbytes, begin, end in zip(sizes, begins[:-1], begins[1:], strict=True):
+                pages = cls(nbytes, address=address + begin)
+                left = address + end
+                yield pages
+        finally:
+            if left < address + begins[-1]:
+                _unmap(left, address + begins[-1] - left)
 
     def touch(self) -> None:
         """Has the system fill in the pages now, on several threads: one alone is bound by the kernel's clearing."""
@@ -74,3 +88,15 @@ class Pages:
         """Unmaps the pages, now or as soon as the last view of them that somebody still holds is gone."""
         with suppress(BufferError):  # somebody has made an array of it
             self.view.release()
+
+
+def _map(nbytes: int) -> int:
+    if nbytes > sys.maxsize:
+        raise MemoryError(f"the system has no {nbytes} bytes: more than an address can count")
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address: int | None = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if address is None or address == _MAP_FAILED:
+        raise MemoryError(f"the system has no {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
+    if nbytes >= _HUGE_PAGE:
+        _libc.madvise(address, nbytes, mmap.MADV_HUGEPAGE)  # a kernel without them refuses, and that is fine
+    return address

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from asyncload.device._contract import DeviceMemory, Recipient
+from asyncload.interpreter_lock import UNHURRIED, Pause
 
 __all__ = ["allocate_each", "allocate_until", "free_each"]
 
@@ -28,11 +29,13 @@ def allocate_until(
     sizes: Sequence[int], allocate: Callable[[int], DeviceMemory], recipient: Recipient
 ) -> list[DeviceMemory]:
     """Makes ``allocate_some`` of a device's ``allocate``."""
+    pause = Pause(UNHURRIED)  # what there is may be used meanwhile
     memory: list[DeviceMemory] = []
     for nbytes in sizes:
         try:
             memory.append(allocate(nbytes))
             recipient.give(memory[-1].address)
+            pause()
         except Exception:  # noqa: BLE001 - what there is goes to its owner, whatever it was
             break
     return memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from asyncload.errors import AsyncloadError, PlanError, SourceChangedError
+from asyncload.interpreter_lock import waiting
 from asyncload.loader._session import Request, Session
 from asyncload.model import Model, Partial, Tensor
 from asyncload.pipeline import Engine
@@ -17,14 +18,15 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
     session = Session(engine, request)
     begun = False
     try:
-        async with session.opened:
-            await session.opened.open(request.path, partial(_prepare, session, resume))
-            begun = True
-            await session.run()
-            assert session.transfer is not None
-            stats = session.transfer.stats()
-            await session.transfer.end()
-            session.finish()
+        with waiting():
+            async with session.opened:
+                await session.opened.open(request.path, partial(_prepare, session, resume))
+                begun = True
+                await session.run()
+                assert session.transfer is not None
+                stats = session.transfer.stats()
+                await session.transfer.end()
+                session.finish()
         session.meter.done()
         tensors, session.tensors = session.tensors, {}  # the model's alone from here on
         return Model(tensors, header=session.opened.header, device=engine.device.info, stats=stats)
@@ -52,15 +54,12 @@ def _prepare(session: Session, resume: Partial | None) -> None:
 
     The first bytes are on their way while the memory of the rest is allocated.
     """
-    pause = session.opened.pause
     session.make_plan()
-    pause()
     if resume is not None:
         arrived = _check(session, resume)
         session.allocate([index for index in range(len(session.plan.tensors)) if index not in arrived])
         _take_over(session, resume, arrived)
     session.make_transfer()
-    pause()
     session.begin()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +10,10 @@ from typing import Any, Final, Self, TypeVar
 
 from asyncload.errors import PlanError, SourceNotFoundError
 from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
+from asyncload.interpreter_lock import Pause, working
 from asyncload.source import BlockingSource, NativeFileSource, Source, open_source
 
-__all__ = ["ModelPath", "OpenedModel", "Pause"]
+__all__ = ["ModelPath", "OpenedModel"]
 
 T = TypeVar("T")
 
@@ -24,9 +23,6 @@ RunBlocking = Callable[..., Awaitable[Any]]
 
 _FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
-_PAUSE: Final = 0.0003  # seconds in which an event loop wakes up and takes the lock, twice for each of its timers
-_BETWEEN_PAUSES: Final = 0.001  # seconds of work for which others may wait
-_BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
 
 
 class OpenedModel:
@@ -77,8 +73,9 @@ class OpenedModel:
         """Runs a function that pauses."""
 
         def work() -> T:
-            self.pause.begin()  # here: until the thread has the interpreter lock, much time may have passed
-            return function(*args)
+            with working():
+                self.pause.begin()  # here: until the thread has the interpreter lock, much time may have passed
+                return function(*args)
 
         result: T = await self._run(work)
         return result
@@ -169,33 +166,3 @@ def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
     """Bytes to read next: what the parser is known to need, or a good piece; at the end of the file, what is left."""
     want = max(parser.needed - offset, _READ if offset else _FIRST_READ)
     return min(want, source.size - offset, 16 * _READ)
-
-
-class Pause:
-    """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
-
-    It sleeps long enough for an event loop that waits for the lock to wake up and do what is due: uvloop gives the lock
-    up between a timer and the task that it wakes, and after a shorter sleep the loop here has it back in between. The
-    first one and the next come after a millisecond of work each. Where another thread does not give the lock back
-    before the interpreter makes it, the next one comes after as much work as this one took, and the first one of a loop
-    that begins soon after when the interpreter would make it give the lock up.
-    """
-
-    _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """The loop begins now."""
-        now = time.perf_counter()
-        self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _BETWEEN_PAUSES)
-
-    def __call__(self) -> None:
-        begin = time.perf_counter()
-        if begin >= self._not_before:
-            time.sleep(_PAUSE)
-            end = time.perf_counter()
-            kept = end - begin >= sys.getswitchinterval()
-            Pause._kept_until = end + _BELIEVED if kept else 0.0
-            self._not_before = end + (end - begin if kept else _BETWEEN_PAUSES)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from asyncload.device import DeviceMemory
 from asyncload.errors import DeviceError, TensorNotFoundError
+from asyncload.interpreter_lock import UNHURRIED, Pause
 from asyncload.loader._kernels import prepare_kernels
 from asyncload.loader._open import ModelPath, OpenedModel
 from asyncload.memory import Allocation, Purpose
@@ -20,9 +21,6 @@ from asyncload.quant.cuda import ALIGNMENT
 from asyncload.telemetry import ProgressCallback, ProgressMeter
 
 __all__ = ["Request", "Session"]
-
-# Tensors that are made in one go, without letting others have the interpreter lock.
-_AT_ONCE: Final = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +55,7 @@ class Session(Sink):
 
     def make_plan(self) -> None:
         """Makes the plan of what was opened, its kernels and its borrowed targets; nothing has moved then. Blocks."""
+        self.opened.pause()
         into = self.request.into or {}
         if into:
             self.engine.device.attach()
@@ -97,17 +96,19 @@ class Session(Sink):
         It makes the tensors, too, of which there is nothing left to do at the end.
         """
         assert self.transfer is not None
+        self.opened.pause()
         everything = range(len(self.plan.tensors))
         missing = [index for index in everything if index not in self.memory]
         if missing and (recipient := self.transfer.recipient(missing)) is not None:
+            pause = Pause(UNHURRIED)
 
             def keep(position: int, allocation: Allocation) -> None:
                 self.memory[missing[position]] = allocation
+                pause()
 
             self.engine.tracker.allocate_some(self._sizes(missing), Purpose.WEIGHTS, recipient, keep)
         self.allocate(everything)
         self.transfer.admit()
-        self.opened.pause()
         self._made = self._make_tensors(everything)
 
     async def run(self) -> None:
@@ -169,12 +170,12 @@ class Session(Sink):
         )
 
     def _make_tensors(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        pause = Pause(UNHURRIED)
         tensors: dict[str, Tensor] = {}
-        for count, index in enumerate(indices, 1):
+        for index in indices:
             tensor = self._make_tensor(index)
             tensors[tensor.name] = tensor
-            if count % _AT_ONCE == 0:
-                self.opened.pause()
+            pause()
         return tensors
 
     def finish(self) -> None:

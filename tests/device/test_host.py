@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,36 @@ def test_pages_are_unmapped_when_they_are_closed_and_nobody_looks() -> None:
     assert not mapped(pages.address)
 
 
+def test_pages_of_several_are_unmapped_each_by_itself() -> None:
+    sizes = [1, mmap.PAGESIZE, 3 << 20, mmap.PAGESIZE + 1]
+    made = [*Pages.several(sizes)]
+    assert [(pages.nbytes, pages.view.nbytes) for pages in made] == [(nbytes, nbytes) for nbytes in sizes]
+    ranges = [(pages.address, pages.address + pages.nbytes - 1) for pages in made]
+    assert all(last < first for (_, last), (first, _) in pairwise(ranges))
+    assert all(first % mmap.PAGESIZE == 0 for first, _ in ranges)
+    for pages in made:
+        pages.fill(1, 0, pages.nbytes)
+    for closed in (2, 0, 3, 1):
+        assert bytes(made[closed].view[-1:]) == b"\1"
+        made[closed].close()
+        ranges[closed] = (0, 0)
+        assert [mapped(first) and mapped(last) for first, last in ranges] == [first > 0 for first, _ in ranges]
+    assert [*Pages.several([])] == []
+
+
+def test_pages_that_nobody_takes_are_unmapped() -> None:
+    several = Pages.several([mmap.PAGESIZE] * 4)
+    first, second = next(several), next(several)
+    end = second.address + mmap.PAGESIZE
+    assert mapped(end)
+    assert mapped(end + 2 * mmap.PAGESIZE - 1)
+    several.close()
+    assert not mapped(end)
+    assert not mapped(end + 2 * mmap.PAGESIZE - 1)
+    assert mapped(first.address)
+    assert mapped(second.address)
+
+
 def test_pages_under_an_array_stay_with_it() -> None:
     pages = Pages(4096)
     address = pages.address
@@ -282,6 +313,50 @@ def test_capacity_is_exact(make: Make) -> None:
     device.free(device.allocate(4000))
     device.free(kept)
     assert (device.memory().free, device.memory().total) == (10_000, 10_000)
+
+
+def test_what_is_not_taken_of_several_is_free_again(make: Make) -> None:
+    device, sizes = make(total_bytes=10_000), [1000, 0, 2000, 3000]
+    given: list[int] = []
+
+    class Refusing:
+        def give(self, address: int) -> bool:
+            given.append(address)
+            if len(given) == 3:
+                raise ZeroDivisionError
+            return False
+
+    made = device.allocate_some(sizes, Refusing())
+    assert [memory.address for memory in made] == given
+    assert (sum(memory.nbytes for memory in made), device.memory().free) == (3000, 7000)
+    assert device.free_all(made) == {}
+
+    def refuse(nbytes: int) -> None:
+        if nbytes == 3000:
+            raise ZeroDivisionError
+
+    device.on_allocate = refuse
+    with pytest.raises(ZeroDivisionError):
+        device.allocate_all(sizes)
+    with pytest.raises(OutOfDeviceMemoryError) as caught:
+        device.allocate_all([1000, 9001])
+    assert (caught.value.needed, caught.value.available) == (9001, 10_000)
+    assert device.memory().free == 10_000
+
+
+def test_address_space_that_is_not_there_for_several_is_not_taken(make: Make) -> None:
+    device, sizes = make(total_bytes=1 << 62), [1000, 0, 1 << 60]
+    with pytest.raises(OutOfDeviceMemoryError) as caught:
+        device.allocate_all(sizes)
+    assert (caught.value.needed, caught.value.available) == (sum(sizes), 1 << 62)
+    assert isinstance(caught.value.__cause__, MemoryError)
+
+    class Nobody:
+        def give(self, address: int) -> bool:
+            raise AssertionError(address)
+
+    assert device.allocate_some(sizes, Nobody()) == []
+    assert device.memory().free == 1 << 62
 
 
 def test_threads_never_share_the_last_bytes(make: Make) -> None:

@@ -1,0 +1,119 @@
+"""Sharing the interpreter lock with threads that want it all the time, and with event loops that want it now.
+
+Who waits for the lock asks for it after the interpreter's switch interval, 5 ms, and then one of all who wait gets it:
+beside several busy threads it may be another one a hundred times.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Final
+
+__all__ = ["UNHURRIED", "Pause", "waiting", "working"]
+
+# Seconds of a pause in which an event loop wakes up and takes the lock, twice for each of its timers: mostly, and where
+# its cores are busy, too.
+_SHORT: Final = 0.0003
+UNHURRIED: Final = 0.001
+_BEFORE_FIRST: Final = 0.0003  # seconds of work for which others may wait, who may have waited before it
+_BETWEEN: Final = 0.0007  # and who have not
+_BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
+_TURN: Final = 0.0005  # the switch interval while a load waits for who keeps it
+_DEFAULT_INTERVAL: Final = 0.005  # the interpreter's
+
+
+class Pause:
+    """Called now and then by a loop on a thread, lets others have the interpreter lock, which it would keep for 5 ms.
+
+    It sleeps so many ``seconds`` that an event loop that waits for the lock wakes up and does what is due: uvloop gives
+    it up between a timer and the task that it wakes, and after a shorter sleep the loop here has it back by then.
+    ``UNHURRIED`` suits a loop for whose end nobody waits. The first pause comes sooner than the next ones: he is due
+    who has given the loop its work. Where another thread does not give the lock back before the interpreter makes it,
+    the next one comes after as much work as this one took, and the first one of a loop that begins soon after when the
+    interpreter would make it give the lock up.
+    """
+
+    _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
+
+    def __init__(self, seconds: float = _SHORT) -> None:
+        self._seconds = seconds
+        self.begin()
+
+    def begin(self) -> None:
+        """The loop begins now."""
+        now = time.perf_counter()
+        self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _BEFORE_FIRST)
+
+    def __call__(self) -> None:
+        """Pauses, if it is time to."""
+        begin = time.perf_counter()
+        if begin >= self._not_before:
+            time.sleep(self._seconds)
+            end = time.perf_counter()
+            kept = end - begin >= self._seconds + sys.getswitchinterval()
+            Pause._kept_until = end + _BELIEVED if kept else 0.0
+            self._not_before = end + (end - begin if kept else _BETWEEN)
+            if kept:
+                _turns.believe()
+
+
+class _Turns:
+    """The interpreter's switch interval, shorter while somebody waits and nobody works."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # over all that follows
+        self._waiting = 0
+        self._working = 0
+        self._believed_until = 0.0
+        self._before: float | None = None  # the interval that is to come back
+        self._ours = 0.0
+
+    def believe(self) -> None:
+        """Somebody keeps the lock; that he does not at times, and others get it, is chance."""
+        self._believed_until = time.perf_counter() + _BELIEVED
+
+    def count(self, *, waiting: int = 0, working: int = 0) -> None:
+        """So many more wait and work."""
+        with self._lock:
+            self._waiting += waiting
+            self._working += working
+            short = self._waiting > 0 and self._working == 0 and time.perf_counter() < self._believed_until
+            interval = sys.getswitchinterval()
+            if short and self._before is None and _TURN < interval <= _DEFAULT_INTERVAL:
+                sys.setswitchinterval(_TURN)
+                self._before, self._ours = interval, sys.getswitchinterval()
+            elif not short and self._before is not None:
+                if interval == self._ours:  # or somebody has set another one meanwhile
+                    sys.setswitchinterval(self._before)
+                self._before = None
+
+
+_turns: Final = _Turns()
+
+
+@contextmanager
+def waiting() -> Generator[None]:
+    """The block waits for threads, and for the lock: who keeps it has to give it up after half a millisecond.
+
+    The interpreter's switch interval is set back behind it. It stays as it is where nobody was found to keep the lock
+    lately, and where it is longer than the interpreter's own, which somebody has his reasons for.
+    """
+    _turns.count(waiting=1)
+    try:
+        yield
+    finally:
+        _turns.count(waiting=-1)
+
+
+@contextmanager
+def working() -> Generator[None]:
+    """The block is Python that someone who is ``waiting`` waits for: it keeps the lock as long as it may."""
+    _turns.count(working=1)
+    try:
+        yield
+    finally:
+        _turns.count(working=-1)

@@ -1,0 +1,218 @@
+"""How a loop on a thread shares the interpreter lock, and who waits for it comes to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncload import Loader, interpreter_lock
+from asyncload.errors import PlanError
+from asyncload.interpreter_lock import UNHURRIED, Pause, waiting, working
+from asyncload.loader._open import OpenedModel
+from asyncload.testing import synthesize
+
+
+class Clock:
+    """Time that passes where it is slept, ``longer`` than was asked for, as beside a thread that keeps the lock."""
+
+    def __init__(self) -> None:
+        self.now, self.longer, self.sleeps = 100.0, 0.0, list[float]()
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += seconds + self.longer
+
+    def work(self, pause: Pause, seconds: float) -> int:
+        """How often it pauses in so much work."""
+        before, end = len(self.sleeps), self.now + seconds
+        while self.now < end:
+            slept = self.now
+            pause()
+            end += self.now - slept
+            self.now += 1e-5
+        return len(self.sleeps) - before
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(interpreter_lock, "time", clock)
+    monkeypatch.setattr(Pause, "_kept_until", 0.0)
+    monkeypatch.setattr(interpreter_lock, "_turns", interpreter_lock._Turns())
+    return clock
+
+
+@pytest.fixture
+def interval() -> Iterator[float]:
+    """The interpreter's switch interval, which is set back."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    yield 0.005
+    sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A small model."""
+    (path,) = synthesize(tmp_path / "tiny.gguf", preset="tiny")
+    return path
+
+
+# Pauses
+
+
+def test_little_work_is_not_worth_a_pause(clock: Clock) -> None:
+    assert clock.work(Pause(), 0.00029) == 0
+
+
+def test_others_come_to_the_lock_while_there_is_much_work(clock: Clock) -> None:
+    assert clock.work(Pause(), 0.01015) == 15  # after 0.3 milliseconds, then after each 0.7
+    assert set(clock.sleeps) == {0.0003}
+
+
+def test_who_is_in_no_hurry_sleeps_longer(clock: Clock) -> None:
+    assert clock.work(Pause(UNHURRIED), 0.01015) == 15
+    assert set(clock.sleeps) == {0.001}
+
+
+def test_what_a_pause_took_is_worked_before_the_next_one(clock: Clock) -> None:
+    clock.longer = 0.02
+    assert clock.work(Pause(), 0.05) == 3
+
+
+@pytest.mark.parametrize("seconds", [0.0003, UNHURRIED])
+def test_but_not_of_one_that_the_machine_made_long(clock: Clock, seconds: float) -> None:
+    clock.longer = 0.0049
+    assert clock.work(Pause(seconds), 0.01015) == 15
+
+
+def test_where_somebody_keeps_the_lock_the_next_loop_works_for_a_switch_interval(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    assert clock.work(Pause(), sys.getswitchinterval() - 1e-4) == 0
+    assert clock.work(Pause(), sys.getswitchinterval() + 1e-4) == 1
+
+
+def test_and_no_longer_once_the_lock_is_free_again(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    clock.longer = 0.0
+    clock.work(Pause(), sys.getswitchinterval() + 1e-4)
+    assert clock.work(Pause(), 0.0011) > 0
+
+
+def test_nor_for_long(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    clock.now += 11
+    assert clock.work(Pause(), 0.0011) > 0
+
+
+@pytest.mark.anyio
+async def test_time_until_a_thread_has_the_lock_is_not_its_work(clock: Clock, path: Path) -> None:
+    async def run(function: Callable[..., Any], *args: Any) -> Any:
+        clock.now += 0.02
+        return function(*args)
+
+    async with OpenedModel(run) as opened:
+        await opened.open(path, opened.pause)
+    assert clock.sleeps == []
+
+
+# Turns
+
+
+def somebody_keeps_the_lock(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    clock.longer = 0.0
+
+
+def test_who_waits_comes_to_the_lock_sooner(clock: Clock, interval: float) -> None:
+    with waiting():
+        assert sys.getswitchinterval() == interval  # nobody keeps it
+    somebody_keeps_the_lock(clock)
+    assert sys.getswitchinterval() == interval
+    with waiting():
+        assert sys.getswitchinterval() == 0.0005
+        with waiting():
+            pass
+        assert sys.getswitchinterval() == 0.0005
+    assert sys.getswitchinterval() == interval
+    with pytest.raises(ZeroDivisionError), waiting():
+        assert sys.getswitchinterval() == 0.0005
+        raise ZeroDivisionError
+    assert sys.getswitchinterval() == interval
+
+
+def test_and_is_not_interrupted_sooner_while_he_works(clock: Clock, interval: float) -> None:
+    somebody_keeps_the_lock(clock)
+    with working(), waiting():
+        assert sys.getswitchinterval() == interval
+    with waiting():
+        with working(), working():
+            assert sys.getswitchinterval() == interval
+        assert sys.getswitchinterval() == 0.0005
+
+
+def test_who_finds_out_at_work_waits_for_it_afterwards(clock: Clock, interval: float) -> None:
+    with waiting():
+        with working():
+            somebody_keeps_the_lock(clock)
+            assert sys.getswitchinterval() == interval
+        assert sys.getswitchinterval() == 0.0005
+    assert sys.getswitchinterval() == interval
+
+
+def test_that_the_lock_is_kept_is_believed_for_a_while_whatever_chance_says(clock: Clock, interval: float) -> None:
+    somebody_keeps_the_lock(clock)
+    clock.work(Pause(), 0.1)
+    clock.now += 9
+    with waiting():
+        assert sys.getswitchinterval() == 0.0005
+    clock.now += 1
+    with waiting():
+        assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.parametrize("own", [0.0002, 0.0005, 0.006, 1000.0])
+def test_an_interval_of_the_programs_own_is_left_alone(clock: Clock, interval: float, own: float) -> None:
+    somebody_keeps_the_lock(clock)
+    sys.setswitchinterval(own)
+    as_set = sys.getswitchinterval()
+    with waiting():
+        assert sys.getswitchinterval() == as_set
+    assert sys.getswitchinterval() == as_set
+
+
+def test_so_is_one_that_is_set_meanwhile(clock: Clock, interval: float) -> None:
+    somebody_keeps_the_lock(clock)
+    with waiting():
+        sys.setswitchinterval(0.002)
+        with working():
+            assert sys.getswitchinterval() == 0.002
+    assert sys.getswitchinterval() == 0.002
+
+
+@pytest.mark.anyio
+async def test_loads_wait_and_give_the_interval_back(interval: float, clock: Clock, path: Path) -> None:
+    during: list[float] = []
+
+    async with Loader("host") as loader:
+        (await loader.load(path, progress=lambda _: during.append(sys.getswitchinterval()))).close()
+        assert set(during) == {interval}
+        during.clear()
+        somebody_keeps_the_lock(clock)
+        (await loader.load(path, progress=lambda _: during.append(sys.getswitchinterval()))).close()
+        assert 0.0005 in during
+        assert sys.getswitchinterval() == interval
+        with pytest.raises(PlanError):
+            await loader.load(path, dtype="int3")
+        assert sys.getswitchinterval() == interval
