@@ -29,7 +29,7 @@ from asyncload.device._contract import (
     check_download,
 )
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, NativeHostEvent, PassedAll
-from asyncload.device._pages import Pages
+from asyncload.device._pages import Pages, together
 from asyncload.device._several import allocate_each, allocate_until, free_each
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
 from asyncload.gguf import GGMLType
@@ -219,8 +219,9 @@ class HostDevice:
         self._dispose(pages)
 
     def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
-        """One after the other."""
-        return free_each(memory, self.free)
+        """One after the other, but unmapped together."""
+        with together():
+            return free_each(memory, self.free)
 
     def _dispose(self, pages: Pages) -> None:
         if not self._poison:

@@ -6,14 +6,15 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Final
 
-__all__ = ["Pages"]
+__all__ = ["Pages", "together"]
 
 _HUGE_PAGE: Final = 2 << 20
 _TOUCHING_THREADS: Final = 8
@@ -30,6 +31,8 @@ try:
     from asyncload_native import unmap as _unmap  # makes way for an event loop on the same cores
 except ImportError:
     _unmap = _libc.munmap
+
+_closed: Final = threading.local()  # ranges that a thread has closed, while it closes several
 
 
 class Pages:
@@ -48,7 +51,7 @@ class Pages:
         # What all views stand on: when the last of them goes, so do the pages. Python's own mmap unmaps with the
         # interpreter lock held, which for a few hundred megabytes takes longer than an event loop may wait.
         array = (ctypes.c_char * length).from_address(address)
-        finalizer = weakref.finalize(array, _unmap, address, length)
+        finalizer = weakref.finalize(array, _give_back, address, length)
         finalizer.atexit = False
         self.nbytes = nbytes
         self.address = address
@@ -61,7 +64,7 @@ class Pages:
         A call for each would wait for all threads that fill in pages at that moment, again and again. What is not
         taken goes back when the generator is closed.
         """
-        begins = [*accumulate((-(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in sizes), initial=0)]
+        begins = [*accumulate((_whole_pages(max(nbytes, 1)) for nbytes in sizes), initial=0)]
         address = left = _map(max(begins[-1], 1))
         try:
             for nbytes, begin, end in zip(sizes, begins[:-1], begins[1:], strict=True):
@@ -88,6 +91,38 @@ class Pages:
         """Unmaps the pages, now or as soon as the last view of them that somebody still holds is gone."""
         with suppress(BufferError):  # somebody has made an array of it
             self.view.release()
+
+
+@contextmanager
+def together() -> Generator[None]:
+    """Has pages that are closed in the block, by its thread, unmapped behind it; those side by side in one call.
+
+    A call for each asks for the interpreter lock each time, beside whoever does so at that moment.
+    """
+    _closed.ranges = ranges = list[tuple[int, int]]()
+    try:
+        yield
+    finally:
+        _closed.ranges = None
+        begin = end = 0
+        for first, last in [*sorted(ranges), (0, 0)]:
+            if first != end:
+                if begin < end:
+                    _unmap(begin, end - begin)
+                begin = first
+            end = last
+
+
+def _give_back(address: int, length: int) -> None:
+    ranges: list[tuple[int, int]] | None = getattr(_closed, "ranges", None)
+    if ranges is None:
+        _unmap(address, length)
+    else:
+        ranges.append((address, address + _whole_pages(length)))
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _map(nbytes: int) -> int:

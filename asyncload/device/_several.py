@@ -43,10 +43,12 @@ def allocate_until(
 
 def free_each(memory: Collection[DeviceMemory], free: Callable[[DeviceMemory], None]) -> dict[DeviceMemory, Exception]:
     """Makes ``free_all`` of a device's ``free``."""
+    pause = Pause()
     failures: dict[DeviceMemory, Exception] = {}
     for each in memory:
         try:
             free(each)
         except Exception as error:  # noqa: BLE001 - the caller's to judge
             failures[each] = error
+        pause()
     return failures

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from asyncload.device import Device, DeviceMemory, HostDevice, Stream, _host_stream, default_device, open_device
+from asyncload.device import Device, DeviceMemory, HostDevice, Stream, _host_stream, _pages, default_device, open_device
 from asyncload.device._host_stream import CopyEngine, HostStream
-from asyncload.device._pages import Pages
+from asyncload.device._pages import Pages, together
 from asyncload.errors import CopyError, DeviceError, DeviceNotFoundError, OutOfDeviceMemoryError
 from asyncload.testing import DeviceConformance, RaceDevice, StreamProxy
 
@@ -242,6 +242,34 @@ def test_pages_that_nobody_takes_are_unmapped() -> None:
     assert not mapped(end + 2 * mmap.PAGESIZE - 1)
     assert mapped(first.address)
     assert mapped(second.address)
+
+
+def test_pages_that_are_closed_together_are_unmapped_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, calls = mmap.PAGESIZE, list[tuple[int, int]]()
+    unmap = _pages._unmap
+
+    def note(address: int, nbytes: int) -> None:
+        calls.append((address, nbytes))
+        unmap(address, nbytes)
+
+    monkeypatch.setattr(_pages, "_unmap", note)
+    made = [*Pages.several([1, page, page + 1, 5, page])]
+    begin, kept = made[0].address, made[3].view[:1]
+    addresses = [pages.address for pages in made]
+    with together():
+        for closed in (1, 4, 0, 2, 3):
+            made[closed].close()
+        assert all(mapped(address) for address in addresses)
+    assert calls == [(begin, 4 * page), (addresses[4], page)]
+    assert [mapped(address) for address in addresses] == [False, False, False, True, False]
+    kept.release()
+    made[3].close()
+    assert not mapped(addresses[3])
+    calls.clear()
+    with pytest.raises(ZeroDivisionError), together():
+        Pages(page).close()
+        raise ZeroDivisionError
+    assert [nbytes for _, nbytes in calls] == [page]
 
 
 def test_pages_under_an_array_stay_with_it() -> None:
