@@ -13,8 +13,8 @@ import platform
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from importlib import import_module
 from itertools import accumulate
 from typing import Any
@@ -148,57 +148,43 @@ class HostDevice:
 
     def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
         """Maps it all at once, each to be freed by itself."""
-        fitting = self._reserve(sizes)
-        if len(fitting) < len(sizes):
-            free = self._release(sum(fitting))
-            raise self._out_of_memory(sizes[len(fitting)], free)
-        with closing(self._map(fitting)) as memory:
-            return allocate_each(fitting, lambda _: next(memory), self.free)
+        with closing(self._allocations(sizes)) as memory:
+            return allocate_each(sizes, lambda _: next(memory), self.free)
 
     def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
         """Maps it all at once, each to be freed by itself."""
-        fitting = self._reserve(sizes)
-        with closing(self._map(fitting)) as memory:
-            return allocate_until(fitting, lambda _: next(memory), recipient)
+        with closing(self._allocations(sizes)) as memory:
+            return allocate_until(sizes, lambda _: next(memory), recipient)
 
-    def _reserve(self, sizes: Sequence[int]) -> Sequence[int]:
-        """Takes bytes into account before they are mapped, for as many of several as there are bytes for.
-
-        So two threads cannot share the last ones.
-        """
+    def _allocations(self, sizes: Sequence[int]) -> Generator[DeviceMemory]:
+        """Allocates one after the other out of one mapping, as far as it seems that there is memory for them."""
         with self._lock:
-            ends = [*accumulate(sizes)]
-            fitting = sizes[: bisect_right(ends, self._info.total_bytes - self._used)]
-            self._used += sum(fitting)
-        return fitting
+            free = self._info.total_bytes - self._used
+        fitting = sizes[: bisect_right([*accumulate(sizes)], free)]
+        with closing(Pages.several([nbytes for nbytes in fitting if nbytes])) as several:
+            for nbytes in sizes:
+                if self.on_allocate is not None:
+                    self.on_allocate(nbytes)
+                yield self._allocate(nbytes, several) if nbytes else DeviceMemory(0, 0)
 
-    def _release(self, nbytes: int) -> int:
-        """Takes back what was taken into account; the bytes that are free then."""
+    def _allocate(self, nbytes: int, several: Iterator[Pages]) -> DeviceMemory:
+        with self._lock:  # taken before it is mapped, so that two threads cannot share the last bytes
+            free = self._info.total_bytes - self._used
+            if nbytes > free:
+                raise self._out_of_memory(nbytes, free)
+            self._used += nbytes
+        pages: Pages | None = None
+        try:
+            with suppress(MemoryError):  # what is too much at once may be there one by one
+                pages = next(several, None)
+            pages = pages or Pages(nbytes)
+        except MemoryError as error:
+            with self._lock:
+                self._used -= nbytes
+            raise self._out_of_memory(nbytes, free) from error
         with self._lock:
-            self._used -= nbytes
-            return self._info.total_bytes - self._used
-
-    def _map(self, sizes: Sequence[int]) -> Generator[DeviceMemory]:
-        """Maps memory that is reserved; what is not taken is free again when the generator is closed."""
-        reserved = sum(sizes)
-        with closing(Pages.several([nbytes for nbytes in sizes if nbytes])) as several:
-            try:
-                for nbytes in sizes:
-                    if self.on_allocate is not None:
-                        self.on_allocate(nbytes)
-                    memory = DeviceMemory(0, 0)
-                    if nbytes:
-                        try:
-                            pages = next(several)
-                        except MemoryError as error:
-                            raise self._out_of_memory(reserved, self.memory().free + reserved) from error
-                        memory = DeviceMemory(pages.address, nbytes)
-                        with self._lock:
-                            self._allocated[pages.address] = pages
-                    reserved -= nbytes
-                    yield memory
-            finally:
-                self._release(reserved)
+            self._allocated[pages.address] = pages
+        return DeviceMemory(pages.address, nbytes)
 
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfDeviceMemoryError:
         return OutOfDeviceMemoryError(

@@ -64,8 +64,10 @@ class Pages:
         A call for each would wait for all threads that fill in pages at that moment, again and again. What is not
         taken goes back when the generator is closed.
         """
+        if not sizes:
+            return
         begins = [*accumulate((_whole_pages(max(nbytes, 1)) for nbytes in sizes), initial=0)]
-        address = left = _map(max(begins[-1], 1))
+        address = left = _map(begins[-1])
         try:
             for nbytes, begin, end in zip(sizes, begins[:-1], begins[1:], strict=True):
                 pages = cls(nbytes, address=address + begin)

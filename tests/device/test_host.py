@@ -228,7 +228,6 @@ def test_pages_of_several_are_unmapped_each_by_itself() -> None:
         made[closed].close()
         ranges[closed] = (0, 0)
         assert [mapped(first) and mapped(last) for first, last in ranges] == [first > 0 for first, _ in ranges]
-    assert [*Pages.several([])] == []
 
 
 def test_pages_that_nobody_takes_are_unmapped() -> None:
@@ -368,23 +367,47 @@ def test_what_is_not_taken_of_several_is_free_again(make: Make) -> None:
         device.allocate_all(sizes)
     with pytest.raises(OutOfDeviceMemoryError) as caught:
         device.allocate_all([1000, 9001])
-    assert (caught.value.needed, caught.value.available) == (9001, 10_000)
+    assert (caught.value.needed, caught.value.available) == (9001, 9000)
     assert device.memory().free == 10_000
 
 
-def test_address_space_that_is_not_there_for_several_is_not_taken(make: Make) -> None:
-    device, sizes = make(total_bytes=1 << 62), [1000, 0, 1 << 60]
+def test_what_is_too_much_at_once_is_mapped_one_by_one(make: Make) -> None:
+    device, sizes = make(total_bytes=1 << 62), [1000, 0, 2000, 1 << 60]
+    given: list[int] = []
+
+    class Notes:
+        def give(self, address: int) -> bool:
+            given.append(address)
+            return False
+
+    made = device.allocate_some(sizes, Notes())
+    assert [memory.nbytes for memory in made] == sizes[:3]
+    assert [memory.address for memory in made] == given
+    assert device.free_all(made) == {}
     with pytest.raises(OutOfDeviceMemoryError) as caught:
         device.allocate_all(sizes)
-    assert (caught.value.needed, caught.value.available) == (sum(sizes), 1 << 62)
+    assert (caught.value.needed, caught.value.available) == (1 << 60, (1 << 62) - 3000)
     assert isinstance(caught.value.__cause__, MemoryError)
-
-    class Nobody:
-        def give(self, address: int) -> bool:
-            raise AssertionError(address)
-
-    assert device.allocate_some(sizes, Nobody()) == []
     assert device.memory().free == 1 << 62
+
+
+def test_several_are_mapped_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, sizes, mapped_at_once = make(total_bytes=100_000), [1000, 0, 50_000, 40_000, 10_000], list[int]()
+    map_pages = _pages._map
+
+    def note(nbytes: int) -> int:
+        mapped_at_once.append(nbytes)
+        return map_pages(nbytes)
+
+    monkeypatch.setattr(_pages, "_map", note)
+    assert [*Pages.several([])] == mapped_at_once == []
+    made = device.allocate_all(sizes[:4])
+    assert mapped_at_once == [sum(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in sizes[:4])]
+    assert device.free_all(made) == {}
+    with pytest.raises(OutOfDeviceMemoryError) as caught:
+        device.allocate_all(sizes)
+    assert (caught.value.needed, caught.value.available) == (10_000, 9000)
+    assert device.memory().free == 100_000
 
 
 def test_threads_never_share_the_last_bytes(make: Make) -> None:
