@@ -54,11 +54,13 @@ class Pause:
         if begin >= self._not_before:
             time.sleep(self._seconds)
             end = time.perf_counter()
-            kept = end - begin >= self._seconds + sys.getswitchinterval()
-            Pause._kept_until = end + _BELIEVED if kept else 0.0
+            kept = end - begin >= self._seconds + _turns.usual_interval
             self._not_before = end + (end - begin if kept else _BETWEEN)
             if kept:
+                Pause._kept_until = end + _BELIEVED
                 _turns.believe()
+            elif not _turns.shortened:  # in a short one nobody can keep it, so it says nothing
+                Pause._kept_until = 0.0
 
 
 class _Turns:
@@ -71,6 +73,16 @@ class _Turns:
         self._believed_until = 0.0
         self._before: float | None = None  # the interval that is to come back
         self._ours = 0.0
+
+    @property
+    def shortened(self) -> bool:
+        """Whether the interval is shorter than it was."""
+        return self._before is not None
+
+    @property
+    def usual_interval(self) -> float:
+        """What the interval is while nobody waits."""
+        return self._before or sys.getswitchinterval()
 
     def believe(self) -> None:
         """Somebody keeps the lock; that he does not at times, and others get it, is chance."""

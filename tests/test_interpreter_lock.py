@@ -182,6 +182,21 @@ def test_that_the_lock_is_kept_is_believed_for_a_while_whatever_chance_says(cloc
         assert sys.getswitchinterval() == interval
 
 
+def test_a_pause_in_a_shortened_interval_says_nothing(clock: Clock, interval: float) -> None:
+    somebody_keeps_the_lock(clock)
+    clock.now += 9
+    with waiting():
+        clock.longer = 0.004  # more than the interval, as on a busy machine
+        assert clock.work(Pause(), 0.0201) > 0
+        clock.longer = 0.0
+        assert clock.work(Pause(), 0.0201) > 0
+    assert clock.work(Pause(), interval - 1e-4) == 0  # still believed
+    clock.now += 1.1
+    with waiting():
+        assert sys.getswitchinterval() == interval  # but no longer than it was
+    assert clock.work(Pause(), interval - 1e-4) > 0
+
+
 @pytest.mark.parametrize("own", [0.0002, 0.0005, 0.006, 1000.0])
 def test_an_interval_of_the_programs_own_is_left_alone(clock: Clock, interval: float, own: float) -> None:
     somebody_keeps_the_lock(clock)
