@@ -13,6 +13,7 @@ from asyncload import Loader, interpreter_lock
 from asyncload.errors import PlanError
 from asyncload.interpreter_lock import UNHURRIED, Pause, waiting, working
 from asyncload.loader._open import OpenedModel
+from asyncload.loader._session import Session
 from asyncload.testing import synthesize
 
 
@@ -217,17 +218,31 @@ def test_so_is_one_that_is_set_meanwhile(clock: Clock, interval: float) -> None:
 
 
 @pytest.mark.anyio
-async def test_loads_wait_and_give_the_interval_back(interval: float, clock: Clock, path: Path) -> None:
-    during: list[float] = []
+async def test_loads_wait_and_give_the_interval_back(
+    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, on_the_loop = list[float](), list[float]()
+    make_plan = Session.make_plan
 
+    def note(session: Session) -> None:
+        at_work.append(sys.getswitchinterval())
+        make_plan(session)
+
+    monkeypatch.setattr(Session, "make_plan", note)
     async with Loader("host") as loader:
-        (await loader.load(path, progress=lambda _: during.append(sys.getswitchinterval()))).close()
-        assert set(during) == {interval}
-        during.clear()
+
+        async def load(dtype: str) -> None:
+            model = await loader.load(path, dtype=dtype, progress=lambda _: on_the_loop.append(sys.getswitchinterval()))
+            model.close()
+
+        await load("packed")
+        assert set(on_the_loop) == {interval}
+        on_the_loop.clear()
         somebody_keeps_the_lock(clock)
-        (await loader.load(path, progress=lambda _: during.append(sys.getswitchinterval()))).close()
-        assert 0.0005 in during
+        await load("packed")
+        assert 0.0005 in on_the_loop
         assert sys.getswitchinterval() == interval
         with pytest.raises(PlanError):
-            await loader.load(path, dtype="int3")
-        assert sys.getswitchinterval() == interval
+            await load("int3")
+    assert at_work == [interval] * 3
+    assert sys.getswitchinterval() == interval
