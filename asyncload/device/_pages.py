@@ -1,4 +1,4 @@
-"""Pages of host memory in a mapping of their own, which goes back to the system when it is closed."""
+"""Pages of host memory, which go back to the system when they are closed."""
 
 from __future__ import annotations
 
