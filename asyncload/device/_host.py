@@ -11,10 +11,12 @@ import ctypes
 import os
 import platform
 import threading
+import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from importlib import import_module
 from itertools import accumulate
 from typing import Any
@@ -29,7 +31,7 @@ from asyncload.device._contract import (
     check_download,
 )
 from asyncload.device._host_stream import CopyEngine, Hold, HostStream, NativeHostEvent, PassedAll
-from asyncload.device._pages import Pages, together
+from asyncload.device._pages import Mapping, Pages, unmap
 from asyncload.device._several import allocate_each, allocate_until, free_each
 from asyncload.errors import DeviceError, OutOfDeviceMemoryError
 from asyncload.gguf import GGMLType
@@ -67,6 +69,11 @@ class HostStaging:
             pages.close()
 
 
+def _unmap_all(allocated: dict[int, int], quarantine: Iterable[DeviceMemory]) -> None:
+    """Gives back what a device leaves behind."""
+    unmap([*allocated.items(), *((kept.address, kept.nbytes) for kept in quarantine)])
+
+
 class HostDevice:
     """Host memory as a device.
 
@@ -96,9 +103,10 @@ class HostDevice:
         self._poison = poison
         self.on_allocate = on_allocate
         self._lock = threading.Lock()
-        self._allocated: dict[int, Pages] = {}
+        self._allocated: dict[int, int] = {}
         self._used = 0
-        self._quarantine: deque[Pages] = deque()
+        self._quarantine: deque[DeviceMemory] = deque()
+        weakref.finalize(self, _unmap_all, self._allocated, self._quarantine).atexit = False
         self._streams: set[HostStream] = set()
         self._opened = 0
         self._held: list[Hold] = []
@@ -148,43 +156,37 @@ class HostDevice:
 
     def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
         """Maps it all at once, each to be freed by itself."""
-        with closing(self._allocations(sizes)) as memory:
-            return allocate_each(sizes, lambda _: next(memory), self.free)
+        with closing(self._mapping(sizes)) as mapping:
+            return allocate_each(sizes, partial(self._allocate, mapping), self.free)
 
     def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
         """Maps it all at once, each to be freed by itself."""
-        with closing(self._allocations(sizes)) as memory:
-            return allocate_until(sizes, lambda _: next(memory), recipient)
+        with closing(self._mapping(sizes)) as mapping:
+            return allocate_until(sizes, partial(self._allocate, mapping), recipient)
 
-    def _allocations(self, sizes: Sequence[int]) -> Generator[DeviceMemory]:
-        """Allocates one after the other out of one mapping, as far as it seems that there is memory for them."""
-        with self._lock:
-            free = self._info.total_bytes - self._used
-        fitting = sizes[: bisect_right([*accumulate(sizes)], free)]
-        with closing(Pages.several([nbytes for nbytes in fitting if nbytes])) as several:
-            for nbytes in sizes:
-                if self.on_allocate is not None:
-                    self.on_allocate(nbytes)
-                yield self._allocate(nbytes, several) if nbytes else DeviceMemory(0, 0)
+    def _mapping(self, sizes: Sequence[int]) -> Mapping:
+        """For as many of several as there seems to be memory for."""
+        return Mapping(sizes[: bisect_right([*accumulate(sizes)], self.memory().free)])
 
-    def _allocate(self, nbytes: int, several: Iterator[Pages]) -> DeviceMemory:
+    def _allocate(self, mapping: Mapping, nbytes: int) -> DeviceMemory:
+        if self.on_allocate is not None:
+            self.on_allocate(nbytes)
+        if nbytes == 0:
+            return DeviceMemory(0, 0)
         with self._lock:  # taken before it is mapped, so that two threads cannot share the last bytes
             free = self._info.total_bytes - self._used
             if nbytes > free:
                 raise self._out_of_memory(nbytes, free)
             self._used += nbytes
-        pages: Pages | None = None
         try:
-            with suppress(MemoryError):  # what is too much at once may be there one by one
-                pages = next(several, None)
-            pages = pages or Pages(nbytes)
+            memory = DeviceMemory(mapping.take(nbytes), nbytes)
         except MemoryError as error:
             with self._lock:
                 self._used -= nbytes
             raise self._out_of_memory(nbytes, free) from error
         with self._lock:
-            self._allocated[pages.address] = pages
-        return DeviceMemory(pages.address, nbytes)
+            self._allocated[memory.address] = nbytes
+        return memory
 
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfDeviceMemoryError:
         return OutOfDeviceMemoryError(
@@ -193,31 +195,44 @@ class HostDevice:
 
     def free(self, memory: DeviceMemory) -> None:
         """Unmaps memory; raises ``DeviceError`` also if a copy still writes it."""
+        self._take_out(memory)
+        self._unmap([memory])
+
+    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
+        """Unmaps it all at once."""
+        taken: list[DeviceMemory] = []
+
+        def take_out(each: DeviceMemory) -> None:
+            self._take_out(each)
+            taken.append(each)
+
+        failures = free_each(memory, take_out)
+        self._unmap(taken)
+        return failures
+
+    def _take_out(self, memory: DeviceMemory) -> None:
+        """Takes memory out of what is allocated; it is still mapped then."""
         if memory == DeviceMemory(0, 0):
             return
         with self._lock:
-            pages = self._allocated.get(memory.address)
-            if pages is None or pages.nbytes != memory.nbytes:
+            if self._allocated.get(memory.address) != memory.nbytes:
                 raise DeviceError(f"{_NAME}: {memory} is not allocated", device=_NAME)
             self._engine.check_unused("device memory was freed", memory.address, memory.nbytes)
             del self._allocated[memory.address]
             self._used -= memory.nbytes
-        self._dispose(pages)
 
-    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
-        """One after the other, but unmapped together."""
-        with together():
-            return free_each(memory, self.free)
-
-    def _dispose(self, pages: Pages) -> None:
-        if not self._poison:
-            pages.close()
-            return
-        pages.fill(POISON, 0, pages.nbytes)
-        with self._lock:
-            self._quarantine.append(pages)
-            while sum(kept.nbytes for kept in self._quarantine) > _QUARANTINE:
-                self._quarantine.popleft().close()
+    def _unmap(self, memory: Sequence[DeviceMemory]) -> None:
+        """Unmaps memory that nobody has any more; a device that poisons keeps it for a while, poisoned."""
+        if self._poison:
+            for each in memory:
+                ctypes.memset(each.address, POISON, each.nbytes)
+            with self._lock:
+                self._quarantine.extend(memory)
+                old: list[DeviceMemory] = []
+                while sum(kept.nbytes for kept in self._quarantine) > _QUARANTINE:
+                    old.append(self._quarantine.popleft())
+            memory = old
+        unmap([(each.address, each.nbytes) for each in memory])
 
     def staging(self, nbytes: int) -> HostStaging:
         """Maps and touches memory."""
@@ -248,9 +263,7 @@ class HostDevice:
         """The device's own is what was allocated from it; it knows of nothing else."""
         begin, end = memory.address, memory.address + memory.nbytes
         with self._lock:
-            inside = any(
-                pages.address <= begin < end <= pages.address + pages.nbytes for pages in self._allocated.values()
-            )
+            inside = any(address <= begin < end <= address + nbytes for address, nbytes in self._allocated.items())
         return Residency.DEVICE if inside else Residency.UNKNOWN
 
     # Work

@@ -6,15 +6,13 @@ import ctypes
 import mmap
 import os
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from itertools import accumulate
+from contextlib import suppress
 from typing import Final
 
-__all__ = ["Pages", "together"]
+__all__ = ["Mapping", "Pages", "unmap"]
 
 _HUGE_PAGE: Final = 2 << 20
 _TOUCHING_THREADS: Final = 8
@@ -32,50 +30,25 @@ try:
 except ImportError:
     _unmap = _libc.munmap
 
-_closed: Final = threading.local()  # ranges that a thread has closed, while it closes several
-
 
 class Pages:
     """``nbytes`` zero bytes from ``address`` on, aligned to a page, in huge pages where the system has them.
 
-    With an ``address`` those that are mapped there, of which it is the owner from now on. Raises ``MemoryError`` if
-    there is no address space or memory for them.
+    Raises ``MemoryError`` if there is no address space or memory for them.
     """
 
     __slots__ = ("address", "nbytes", "view")
 
-    def __init__(self, nbytes: int, *, address: int | None = None) -> None:
+    def __init__(self, nbytes: int) -> None:
         length = max(nbytes, 1)
-        if address is None:
-            address = _map(length)
+        self.nbytes = nbytes
+        self.address = _map(length)
         # What all views stand on: when the last of them goes, so do the pages. Python's own mmap unmaps with the
         # interpreter lock held, which for a few hundred megabytes takes longer than an event loop may wait.
-        array = (ctypes.c_char * length).from_address(address)
-        finalizer = weakref.finalize(array, _give_back, address, length)
+        array = (ctypes.c_char * length).from_address(self.address)
+        finalizer = weakref.finalize(array, _unmap, self.address, length)
         finalizer.atexit = False
-        self.nbytes = nbytes
-        self.address = address
         self.view = memoryview(array).cast("B")[:nbytes]
-
-    @classmethod
-    def several(cls, sizes: Sequence[int]) -> Generator[Pages]:
-        """Pages of several sizes, mapped at once, each of which goes back to the system by itself.
-
-        A call for each would wait for all threads that fill in pages at that moment, again and again. What is not
-        taken goes back when the generator is closed.
-        """
-        if not sizes:
-            return
-        begins = [*accumulate((_whole_pages(max(nbytes, 1)) for nbytes in sizes), initial=0)]
-        address = left = _map(begins[-1])
-        try:
-            for nbytes, begin, end in zip(sizes, begins[:-1], begins[1:], strict=True):
-                pages = cls(nbytes, address=address + begin)
-                left = address + end
-                yield pages
-        finally:
-            if left < address + begins[-1]:
-                _unmap(left, address + begins[-1] - left)
 
     def touch(self) -> None:
         """Has the system fill in the pages now, on several threads: one alone is bound by the kernel's clearing."""
@@ -95,32 +68,48 @@ class Pages:
             self.view.release()
 
 
-@contextmanager
-def together() -> Generator[None]:
-    """Has pages that are closed in the block, by its thread, unmapped behind it; those side by side in one call.
+class Mapping:
+    """Zero bytes for several, mapped at once: ``take`` gives each pages of its own, and ``close`` gives back the rest.
+
+    A call of the system's for each would wait for all threads that fill in pages at that moment, again and again. It is
+    not thread-safe.
+    """
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self._begin = self._end = 0
+        nbytes = sum(map(_whole_pages, sizes))
+        with suppress(MemoryError):  # what is too much at once may be there one by one
+            if nbytes:
+                self._begin = _map(nbytes)
+                self._end = self._begin + nbytes
+
+    def take(self, nbytes: int) -> int:
+        """The address of ``nbytes`` (not zero), which the caller unmaps; raises ``MemoryError`` if there are none."""
+        length = _whole_pages(nbytes)
+        if length > self._end - self._begin:
+            return _map(length)
+        address = self._begin
+        self._begin += length
+        return address
+
+    def close(self) -> None:
+        """Unmaps what nobody has taken."""
+        unmap([(self._begin, self._end - self._begin)])
+        self._begin = self._end
+
+
+def unmap(ranges: Iterable[tuple[int, int]]) -> None:
+    """Unmaps ranges, each an address and a number of bytes; those side by side in one call.
 
     A call for each asks for the interpreter lock each time, beside whoever does so at that moment.
     """
-    _closed.ranges = ranges = list[tuple[int, int]]()
-    try:
-        yield
-    finally:
-        _closed.ranges = None
-        begin = end = 0
-        for first, last in [*sorted(ranges), (0, 0)]:
-            if first != end:
-                if begin < end:
-                    _unmap(begin, end - begin)
-                begin = first
-            end = last
-
-
-def _give_back(address: int, length: int) -> None:
-    ranges: list[tuple[int, int]] | None = getattr(_closed, "ranges", None)
-    if ranges is None:
-        _unmap(address, length)
-    else:
-        ranges.append((address, address + _whole_pages(length)))
+    begin = end = 0
+    for address, nbytes in [*sorted(ranges), (0, 0)]:
+        if address != end:
+            if begin < end:
+                _unmap(begin, end - begin)
+            begin = address
+        end = address + _whole_pages(nbytes)
 
 
 def _whole_pages(nbytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from asyncload.device import Device, DeviceMemory, HostDevice, Stream, _host_stream, _pages, default_device, open_device
 from asyncload.device._host_stream import CopyEngine, HostStream
-from asyncload.device._pages import Pages, together
+from asyncload.device._pages import Mapping, Pages, unmap
 from asyncload.errors import CopyError, DeviceError, DeviceNotFoundError, OutOfDeviceMemoryError
 from asyncload.testing import DeviceConformance, RaceDevice, StreamProxy
 
@@ -214,61 +215,62 @@ def test_pages_are_unmapped_when_they_are_closed_and_nobody_looks() -> None:
     assert not mapped(pages.address)
 
 
-def test_pages_of_several_are_unmapped_each_by_itself() -> None:
-    sizes = [1, mmap.PAGESIZE, 3 << 20, mmap.PAGESIZE + 1]
-    made = [*Pages.several(sizes)]
-    assert [(pages.nbytes, pages.view.nbytes) for pages in made] == [(nbytes, nbytes) for nbytes in sizes]
-    ranges = [(pages.address, pages.address + pages.nbytes - 1) for pages in made]
-    assert all(last < first for (_, last), (first, _) in pairwise(ranges))
-    assert all(first % mmap.PAGESIZE == 0 for first, _ in ranges)
-    for pages in made:
-        pages.fill(1, 0, pages.nbytes)
-    for closed in (2, 0, 3, 1):
-        assert bytes(made[closed].view[-1:]) == b"\1"
-        made[closed].close()
-        ranges[closed] = (0, 0)
-        assert [mapped(first) and mapped(last) for first, last in ranges] == [first > 0 for first, _ in ranges]
+def test_a_mapping_is_taken_and_unmapped_piece_by_piece() -> None:
+    page, sizes = mmap.PAGESIZE, [1, mmap.PAGESIZE, 3 << 20, mmap.PAGESIZE + 1]
+    mapping = Mapping([*sizes, 5 * page])
+    pieces = [(mapping.take(nbytes), nbytes) for nbytes in sizes]
+    rest = pieces[-1][0] + 2 * page
+    assert [following - address for (address, _), (following, _) in pairwise(pieces)] == [page, page, 3 << 20]
+    assert [mapped(rest), mapped(rest + 5 * page - 1)] == [True, True]
+    mapping.close()
+    mapping.close()
+    assert [mapped(rest), mapped(rest + 5 * page - 1)] == [False, False]
+    for address, nbytes in pieces:
+        ctypes.memset(address, 1, nbytes)
+    for unmapped in (2, 0, 3, 1):
+        address, nbytes = pieces[unmapped]
+        assert ctypes.string_at(address + nbytes - 1, 1) == b"\1"
+        unmap([pieces[unmapped]])
+        assert [mapped(address), mapped(address + nbytes - 1)] == [False, False]
 
 
-def test_pages_that_nobody_takes_are_unmapped() -> None:
-    several = Pages.several([mmap.PAGESIZE] * 4)
-    first, second = next(several), next(several)
-    end = second.address + mmap.PAGESIZE
-    assert mapped(end)
-    assert mapped(end + 2 * mmap.PAGESIZE - 1)
-    several.close()
-    assert not mapped(end)
-    assert not mapped(end + 2 * mmap.PAGESIZE - 1)
-    assert mapped(first.address)
-    assert mapped(second.address)
-
-
-def test_pages_that_are_closed_together_are_unmapped_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_are_unmapped_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     page, calls = mmap.PAGESIZE, list[tuple[int, int]]()
-    unmap = _pages._unmap
+    monkeypatch.setattr(_pages, "_unmap", lambda address, nbytes: calls.append((address, nbytes)))
+    base = 1 << 40
+    unmap(
+        [(base + 4 * page, page), (base + page, 1), (base, page), (base + 2 * page, 2 * page - 1), (base + 6 * page, 5)]
+    )
+    assert calls == [(base, 5 * page), (base + 6 * page, page)]
+    unmap([])
+    unmap([(0, 0), (base, 0)])
+    assert len(calls) == 2
 
-    def note(address: int, nbytes: int) -> None:
-        calls.append((address, nbytes))
-        unmap(address, nbytes)
 
-    monkeypatch.setattr(_pages, "_unmap", note)
-    made = [*Pages.several([1, page, page + 1, 5, page])]
-    begin, kept = made[0].address, made[3].view[:1]
-    addresses = [pages.address for pages in made]
-    with together():
-        for closed in (1, 4, 0, 2, 3):
-            made[closed].close()
-        assert all(mapped(address) for address in addresses)
-    assert calls == [(begin, 4 * page), (addresses[4], page)]
-    assert [mapped(address) for address in addresses] == [False, False, False, True, False]
-    kept.release()
-    made[3].close()
-    assert not mapped(addresses[3])
-    calls.clear()
-    with pytest.raises(ZeroDivisionError), together():
-        Pages(page).close()
-        raise ZeroDivisionError
-    assert [nbytes for _, nbytes in calls] == [page]
+def test_a_mapping_that_was_too_small_or_too_large_gives_what_there_is() -> None:
+    none = Mapping([])
+    address = none.take(5)
+    none.close()
+    assert mapped(address)
+    unmap([(address, 5)])
+    assert not mapped(address)
+    large = Mapping([mmap.PAGESIZE, 1 << 60])
+    address = large.take(5)
+    with pytest.raises(MemoryError):
+        large.take(1 << 60)
+    large.close()
+    assert mapped(address)
+    unmap([(address, 5)])
+
+
+def test_what_a_device_leaves_is_unmapped_with_it() -> None:
+    device = HostDevice(poison=True)
+    kept, freed = device.allocate(5000), device.allocate(3000)
+    device.free(freed)
+    assert [mapped(kept.address), mapped(freed.address)] == [True, True]
+    del device
+    gc.collect()
+    assert [mapped(kept.address), mapped(freed.address)] == [False, False]
 
 
 def test_pages_under_an_array_stay_with_it() -> None:
@@ -400,8 +402,6 @@ def test_several_are_mapped_at_once(make: Make, monkeypatch: pytest.MonkeyPatch)
         return map_pages(nbytes)
 
     monkeypatch.setattr(_pages, "_map", note)
-    assert not [*Pages.several([])]
-    assert not mapped_at_once
     made = device.allocate_all(sizes[:4])
     assert mapped_at_once == [sum(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in sizes[:4])]
     assert device.free_all(made) == {}
