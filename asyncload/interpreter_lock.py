@@ -6,6 +6,7 @@ beside several busy threads it may be another one a hundred times.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -67,12 +68,13 @@ class _Turns:
     """The interpreter's switch interval, shorter while somebody waits and nobody works."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # over all that follows
+        self._lock = threading.RLock()  # over all that follows; a block may end in a finalizer, wherever that runs
         self._waiting = 0
         self._working = 0
         self._believed_until = 0.0
         self._before: float | None = None  # the interval that is to come back
         self._ours = 0.0
+        self._left_alone = False  # somebody has set one while others waited
 
     @property
     def shortened(self) -> bool:
@@ -91,28 +93,44 @@ class _Turns:
     def count(self, *, waiting: int = 0, working: int = 0) -> None:
         """So many more wait and work."""
         with self._lock:
-            self._waiting += waiting
-            self._working += working
-            short = self._waiting > 0 and self._working == 0 and time.perf_counter() < self._believed_until
-            interval = sys.getswitchinterval()
-            if short and self._before is None and _TURN < interval <= _DEFAULT_INTERVAL:
-                sys.setswitchinterval(_TURN)
-                self._before, self._ours = interval, sys.getswitchinterval()
-            elif not short and self._before is not None:
-                if interval == self._ours:  # or somebody has set another one meanwhile
-                    sys.setswitchinterval(self._before)
-                self._before = None
+            self._waiting = max(0, self._waiting + waiting)  # a forked child ends blocks that it knows nothing of
+            self._working = max(0, self._working + working)
+            counted = None
+            while counted != (counted := (self._waiting, self._working)):
+                self._set_interval()
+
+    def _set_interval(self) -> None:
+        interval = sys.getswitchinterval()
+        if self._before is not None and interval != self._ours:
+            self._before, self._left_alone = None, True
+        if not self._waiting:
+            self._left_alone = False
+        short = self._waiting > 0 and self._working == 0 and time.perf_counter() < self._believed_until
+        if short and not self.shortened and not self._left_alone and _TURN < interval <= _DEFAULT_INTERVAL:
+            sys.setswitchinterval(_TURN)
+            self._before, self._ours = interval, sys.getswitchinterval()
+        elif not short and self._before is not None:
+            sys.setswitchinterval(self._before)
+            self._before = None
+
+    def begin_anew(self) -> None:
+        """In a forked child, in which nobody waits, and which may have the lock of a thread that it has not."""
+        before, ours = self._before, self._ours
+        self.__init__()  # type: ignore[misc]
+        if before is not None and sys.getswitchinterval() == ours:
+            sys.setswitchinterval(before)
 
 
-_turns: Final = _Turns()
+_turns = _Turns()
+os.register_at_fork(after_in_child=_turns.begin_anew)
 
 
 @contextmanager
 def waiting() -> Generator[None]:
     """The block waits for threads, and for the lock: who keeps it has to give it up after half a millisecond.
 
-    The interpreter's switch interval is set back behind it. It stays as it is where nobody was found to keep the lock
-    lately, and where it is longer than the interpreter's own, which somebody has his reasons for.
+    The interpreter's switch interval is set back behind it, and in a forked child. It stays as it is where nobody was
+    found to keep the lock lately, and where it is longer than the interpreter's own, as somebody has reasons for that.
     """
     _turns.count(waiting=1)
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +210,82 @@ def test_an_interval_of_the_programs_own_is_left_alone(clock: Clock, interval: f
     assert sys.getswitchinterval() == as_set
 
 
-def test_so_is_one_that_is_set_meanwhile(clock: Clock, interval: float) -> None:
+def test_so_is_one_that_is_set_meanwhile_until_nobody_waits(clock: Clock, interval: float) -> None:
     somebody_keeps_the_lock(clock)
     with waiting():
         sys.setswitchinterval(0.002)
         with working():
             assert sys.getswitchinterval() == 0.002
+        assert sys.getswitchinterval() == 0.002
+        with waiting():
+            assert sys.getswitchinterval() == 0.002
     assert sys.getswitchinterval() == 0.002
+    with waiting():
+        assert sys.getswitchinterval() == 0.0005
+    assert sys.getswitchinterval() == 0.002
+
+
+def test_blocks_of_many_threads_leave_the_interval_as_it_was(clock: Clock, interval: float) -> None:
+    somebody_keeps_the_lock(clock)
+    seen: set[float] = set()
+
+    def load() -> None:
+        for _ in range(200):
+            with waiting():
+                seen.add(sys.getswitchinterval())
+                with working():
+                    pass
+
+    with ThreadPoolExecutor(8) as threads:
+        wait([threads.submit(load) for _ in range(8)])
+    assert seen <= {interval, 0.0005}
+    assert 0.0005 in seen
+    assert sys.getswitchinterval() == interval
+
+
+def test_a_block_that_ends_while_another_one_begins_is_counted(clock: Clock, interval: float) -> None:
+    """As that of an abandoned load may, in a finalizer, wherever that runs."""
+    somebody_keeps_the_lock(clock)
+    abandoned = waiting()
+    abandoned.__enter__()
+    perf_counter, ends = clock.perf_counter, [abandoned]
+
+    def end_it() -> float:
+        while ends:
+            ends.pop().__exit__(None, None, None)
+        return perf_counter()
+
+    clock.perf_counter = end_it  # type: ignore[method-assign]
+    with working():
+        pass
+    assert not ends
+    assert sys.getswitchinterval() == interval
+
+
+FORKS = """
+import os, sys
+from asyncload.interpreter_lock import _turns, waiting
+_turns.believe()
+with waiting():
+    assert sys.getswitchinterval() < 0.005
+    with _turns._lock:
+        child = os.fork()
+    if child == 0:
+        assert sys.getswitchinterval() == 0.005
+if child == 0:
+    assert sys.getswitchinterval() == 0.005
+    _turns.believe()
+    with waiting():
+        assert sys.getswitchinterval() < 0.005
+    assert sys.getswitchinterval() == 0.005
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert sys.getswitchinterval() == 0.005
+"""
+
+
+def test_a_forked_child_waits_for_nobody() -> None:
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
 
 
 @pytest.mark.anyio

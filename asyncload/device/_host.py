@@ -14,9 +14,8 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack, closing
-from functools import partial
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from itertools import accumulate
 from typing import Any
@@ -69,6 +68,14 @@ class HostStaging:
             pages.close()
 
 
+class _OfThread(threading.local):
+    """Whether a thread has attached, what it allocates from, and what it has freed; the latter two at once."""
+
+    attached = False
+    mapping: Mapping | None = None
+    freed: list[DeviceMemory] | None = None
+
+
 def _unmap_all(allocated: dict[int, int], quarantine: Iterable[DeviceMemory]) -> None:
     """Gives back what a device leaves behind."""
     unmap([*allocated.items(), *((kept.address, kept.nbytes) for kept in quarantine)])
@@ -111,7 +118,7 @@ class HostDevice:
         self._opened = 0
         self._held: list[Hold] = []
         self._prepared: set[tuple[GGMLType, DType]] = set()
-        self._thread = threading.local()
+        self._thread = _OfThread()
         self.attach()
 
     @property
@@ -144,7 +151,7 @@ class HostDevice:
         self._thread.attached = True
 
     def _check_thread(self) -> None:
-        if not getattr(self._thread, "attached", False):
+        if not self._thread.attached:
             name = threading.current_thread().name
             raise DeviceError(f"{_NAME}: thread {name} uses a stream and has not attached", device=_NAME)
 
@@ -152,23 +159,6 @@ class HostDevice:
 
     def allocate(self, nbytes: int) -> DeviceMemory:
         """Maps memory that is filled with zeros."""
-        return self.allocate_all([nbytes])[0]
-
-    def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
-        """Maps it all at once, each to be freed by itself."""
-        with closing(self._mapping(sizes)) as mapping:
-            return allocate_each(sizes, partial(self._allocate, mapping), self.free)
-
-    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
-        """Maps it all at once, each to be freed by itself."""
-        with closing(self._mapping(sizes)) as mapping:
-            return allocate_until(sizes, partial(self._allocate, mapping), recipient)
-
-    def _mapping(self, sizes: Sequence[int]) -> Mapping:
-        """For as many of several as there seems to be memory for."""
-        return Mapping(sizes[: bisect_right([*accumulate(sizes)], self.memory().free)])
-
-    def _allocate(self, mapping: Mapping, nbytes: int) -> DeviceMemory:
         if self.on_allocate is not None:
             self.on_allocate(nbytes)
         if nbytes == 0:
@@ -179,7 +169,7 @@ class HostDevice:
                 raise self._out_of_memory(nbytes, free)
             self._used += nbytes
         try:
-            memory = DeviceMemory(mapping.take(nbytes), nbytes)
+            memory = DeviceMemory((self._thread.mapping or Mapping()).take(nbytes), nbytes)
         except MemoryError as error:
             with self._lock:
                 self._used -= nbytes
@@ -188,6 +178,27 @@ class HostDevice:
             self._allocated[memory.address] = nbytes
         return memory
 
+    def allocate_all(self, sizes: Sequence[int]) -> list[DeviceMemory]:
+        """Each by ``allocate``, but all mapped at once."""
+        with self._mapped_at_once(sizes):
+            return allocate_each(sizes, self.allocate, self.free)
+
+    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
+        """Each by ``allocate``, but all mapped at once."""
+        with self._mapped_at_once(sizes):
+            return allocate_until(sizes, self.allocate, recipient)
+
+    @contextmanager
+    def _mapped_at_once(self, sizes: Sequence[int]) -> Generator[None]:
+        """Has ``allocate`` take from one mapping, for as many of the sizes as there seems to be memory for."""
+        mapping = Mapping(sizes[: bisect_right([*accumulate(sizes)], self.memory().free)])
+        self._thread.mapping = mapping
+        try:
+            yield
+        finally:
+            self._thread.mapping = None
+            mapping.close()
+
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfDeviceMemoryError:
         return OutOfDeviceMemoryError(
             f"{_NAME}: {nbytes} bytes needed, {free} free", device=_NAME, needed=nbytes, available=free, breakdown={}
@@ -195,23 +206,6 @@ class HostDevice:
 
     def free(self, memory: DeviceMemory) -> None:
         """Unmaps memory; raises ``DeviceError`` also if a copy still writes it."""
-        self._take_out(memory)
-        self._unmap([memory])
-
-    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
-        """Unmaps it all at once."""
-        taken: list[DeviceMemory] = []
-
-        def take_out(each: DeviceMemory) -> None:
-            self._take_out(each)
-            taken.append(each)
-
-        failures = free_each(memory, take_out)
-        self._unmap(taken)
-        return failures
-
-    def _take_out(self, memory: DeviceMemory) -> None:
-        """Takes memory out of what is allocated; it is still mapped then."""
         if memory == DeviceMemory(0, 0):
             return
         with self._lock:
@@ -219,20 +213,34 @@ class HostDevice:
                 raise DeviceError(f"{_NAME}: {memory} is not allocated", device=_NAME)
             self._engine.check_unused("device memory was freed", memory.address, memory.nbytes)
             del self._allocated[memory.address]
-            self._used -= memory.nbytes
+        if self._thread.freed is None:
+            self._unmap([memory])
+        else:
+            self._thread.freed.append(memory)
+
+    def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
+        """Each by ``free``, but all unmapped at once."""
+        self._thread.freed = freed = list[DeviceMemory]()
+        try:
+            return free_each(memory, self.free)
+        finally:
+            self._thread.freed = None
+            self._unmap(freed)
 
     def _unmap(self, memory: Sequence[DeviceMemory]) -> None:
         """Unmaps memory that nobody has any more; a device that poisons keeps it for a while, poisoned."""
+        old = memory
         if self._poison:
             for each in memory:
                 ctypes.memset(each.address, POISON, each.nbytes)
+            old = []
             with self._lock:
                 self._quarantine.extend(memory)
-                old: list[DeviceMemory] = []
                 while sum(kept.nbytes for kept in self._quarantine) > _QUARANTINE:
                     old.append(self._quarantine.popleft())
-            memory = old
-        unmap([(each.address, each.nbytes) for each in memory])
+        unmap([(each.address, each.nbytes) for each in old])
+        with self._lock:  # what is mapped is not free
+            self._used -= sum(each.nbytes for each in memory)
 
     def staging(self, nbytes: int) -> HostStaging:
         """Maps and touches memory."""

@@ -16,6 +16,7 @@ __all__ = ["Mapping", "Pages", "unmap"]
 
 _HUGE_PAGE: Final = 2 << 20
 _TOUCHING_THREADS: Final = 8
+_PIECE: Final = 4 << 20  # bytes that are unmapped in one call, at most
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)  # its calls release the interpreter lock
@@ -28,7 +29,11 @@ _unmap: Callable[[int, int], object]
 try:
     from asyncload_native import unmap as _unmap  # makes way for an event loop on the same cores
 except ImportError:
-    _unmap = _libc.munmap
+
+    def _unmap(address: int, nbytes: int) -> None:
+        for begin in range(address - address % _PIECE, address + nbytes, _PIECE):
+            first, end = max(begin, address), min(begin + _PIECE, address + nbytes)
+            _libc.munmap(first, end - first)
 
 
 class Pages:
@@ -75,7 +80,7 @@ class Mapping:
     not thread-safe.
     """
 
-    def __init__(self, sizes: Iterable[int]) -> None:
+    def __init__(self, sizes: Iterable[int] = ()) -> None:
         self._begin = self._end = 0
         nbytes = sum(map(_whole_pages, sizes))
         with suppress(MemoryError):  # what is too much at once may be there one by one

@@ -14,10 +14,12 @@ def allocate_each(
     sizes: Sequence[int], allocate: Callable[[int], DeviceMemory], free: Callable[[DeviceMemory], None]
 ) -> list[DeviceMemory]:
     """Makes ``allocate_all`` of a device's ``allocate`` and ``free``."""
+    pause = Pause()
     memory: list[DeviceMemory] = []
     try:
         for nbytes in sizes:
-            memory.append(allocate(nbytes))  # noqa: PERF401 - what there is, is freed again
+            memory.append(allocate(nbytes))
+            pause()
     except BaseException:
         for each in memory:
             free(each)

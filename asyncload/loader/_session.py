@@ -99,8 +99,9 @@ class Session(Sink):
         self.opened.pause()
         everything = range(len(self.plan.tensors))
         missing = [index for index in everything if index not in self.memory]
+        pause = self.opened.pause
         if missing and (recipient := self.transfer.recipient(missing)) is not None:
-            pause = Pause(UNHURRIED)
+            pause = Pause(UNHURRIED)  # the first bytes are on their way
 
             def keep(position: int, allocation: Allocation) -> None:
                 self.memory[missing[position]] = allocation
@@ -109,7 +110,7 @@ class Session(Sink):
             self.engine.tracker.allocate_some(self._sizes(missing), Purpose.WEIGHTS, recipient, keep)
         self.allocate(everything)
         self.transfer.admit()
-        self._made = self._make_tensors(everything)
+        self._made = self._make_tensors(everything, pause)
 
     async def run(self) -> None:
         """Moves what is to be moved."""
@@ -169,8 +170,7 @@ class Session(Sink):
             logical_shape=tensor.info.shape,
         )
 
-    def _make_tensors(self, indices: Iterable[int]) -> dict[str, Tensor]:
-        pause = Pause(UNHURRIED)
+    def _make_tensors(self, indices: Iterable[int], pause: Pause) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for index in indices:
             tensor = self._make_tensor(index)
@@ -205,7 +205,7 @@ class Session(Sink):
             memory = self.memory.pop(index)
             if isinstance(memory, Allocation):
                 memory.close()
-        self.tensors = self._make_tensors(sorted(self.memory))
+        self.tensors = self._make_tensors(sorted(self.memory), Pause())
         self.memory.clear()
         self.engine.tracker.flush()
 

@@ -358,6 +358,8 @@ def test_what_is_not_taken_of_several_is_free_again(make: Make) -> None:
     made = device.allocate_some(sizes, Refusing())
     assert [memory.address for memory in made] == given
     assert (sum(memory.nbytes for memory in made), device.memory().free) == (3000, 7000)
+    rest = made[2].address + mmap.PAGESIZE
+    assert [mapped(made[2].address), mapped(rest)] == [True, False]
     assert device.free_all(made) == {}
 
     def refuse(nbytes: int) -> None:
@@ -371,6 +373,39 @@ def test_what_is_not_taken_of_several_is_free_again(make: Make) -> None:
         device.allocate_all([1000, 9001])
     assert (caught.value.needed, caught.value.available) == (9001, 9000)
     assert device.memory().free == 10_000
+
+
+def test_memory_is_free_once_it_is_unmapped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = make(total_bytes=10_000)
+    made, free = device.allocate_all([1000, 0, 2000]), list[int]()
+    unmap_pages = _pages._unmap
+
+    def note(address: int, nbytes: int) -> None:
+        free.append(device.memory().free)
+        unmap_pages(address, nbytes)
+
+    monkeypatch.setattr(_pages, "_unmap", note)
+    assert device.free_all(made) == {}
+    assert free == [7000]  # and both of them in one call
+    assert device.memory().free == 10_000
+
+
+def test_several_are_allocated_and_freed_each_by_what_a_double_says() -> None:
+    allocated, freed = list[int](), list[DeviceMemory]()
+
+    class Double(HostDevice):
+        def allocate(self, nbytes: int) -> DeviceMemory:
+            allocated.append(nbytes)
+            return super().allocate(nbytes)
+
+        def free(self, memory: DeviceMemory) -> None:
+            freed.append(memory)
+            super().free(memory)
+
+    device = Double()
+    made = device.allocate_all([1, 2, 3])
+    assert device.free_all(made) == {}
+    assert (allocated, freed) == ([1, 2, 3], made)
 
 
 def test_what_is_too_much_at_once_is_mapped_one_by_one(make: Make) -> None:

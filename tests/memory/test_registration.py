@@ -10,7 +10,7 @@ from types import TracebackType
 
 import pytest
 
-from asyncload.device import DeviceMemory, HostDevice, Recipient, allocate_until
+from asyncload.device import DeviceMemory, HostDevice
 from asyncload.errors import ClosedError, LedgerError, OutOfDeviceMemoryError, PlanError, ResidencyError
 from asyncload.memory import Allocation, Purpose, VramTracker
 from asyncload.memory._ledger import Entry, Ledger
@@ -32,9 +32,6 @@ class Device(HostDevice):
     def allocate(self, nbytes: int) -> DeviceMemory:
         answer, self.answer = self.answer, None
         return answer or super().allocate(nbytes)
-
-    def allocate_some(self, sizes: Sequence[int], recipient: Recipient) -> list[DeviceMemory]:
-        return allocate_until(sizes, self.allocate, recipient)
 
     def free(self, memory: DeviceMemory) -> None:
         self.freed.append(memory)
