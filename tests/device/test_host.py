@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import mmap
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -245,6 +247,26 @@ def test_neighbours_are_unmapped_in_one_call(monkeypatch: pytest.MonkeyPatch) ->
     unmap([])
     unmap([(0, 0), (base, 0)])
     assert len(calls) == 2
+
+
+WITHOUT_NATIVE = """
+import sys
+sys.modules["asyncload_native"] = None
+from asyncload.device import _pages
+calls, munmap = [], _pages._libc.munmap
+_pages._libc.munmap = lambda address, nbytes: (calls.append((address, nbytes)), munmap(address, nbytes))
+mapping = _pages.Mapping([9 << 20])
+address = mapping.take(9 << 20)
+_pages.unmap([(address, 9 << 20)])
+assert sum(nbytes for _, nbytes in calls) == 9 << 20 and calls[0][0] == address, calls
+assert all(begin + nbytes == following for (begin, nbytes), (following, _) in zip(calls, calls[1:])), calls
+assert all(begin % (4 << 20) == 0 for begin, _ in calls[1:]) and len(calls) in (3, 4), calls
+assert not any(line.startswith(f"{address:x}-") for line in open("/proc/self/maps"))
+"""
+
+
+def test_without_the_extension_memory_is_unmapped_piece_by_piece() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_NATIVE], check=True, timeout=60)
 
 
 def test_a_mapping_that_was_too_small_or_too_large_gives_what_there_is() -> None:
