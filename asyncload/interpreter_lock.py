@@ -95,7 +95,7 @@ class _Turns:
         with self._lock:
             self._waiting = max(0, self._waiting + waiting)  # a forked child ends blocks that it knows nothing of
             self._working = max(0, self._working + working)
-            counted = None
+            counted = (-1, -1)
             while counted != (counted := (self._waiting, self._working)):
                 self._set_interval()
 

@@ -229,16 +229,16 @@ class HostDevice:
 
     def _unmap(self, memory: Sequence[DeviceMemory]) -> None:
         """Unmaps memory that nobody has any more; a device that poisons keeps it for a while, poisoned."""
-        old = memory
+        leaving = [*memory]
         if self._poison:
             for each in memory:
                 ctypes.memset(each.address, POISON, each.nbytes)
-            old = []
+            leaving.clear()
             with self._lock:
                 self._quarantine.extend(memory)
                 while sum(kept.nbytes for kept in self._quarantine) > _QUARANTINE:
-                    old.append(self._quarantine.popleft())
-        unmap([(each.address, each.nbytes) for each in old])
+                    leaving.append(self._quarantine.popleft())
+        unmap([(each.address, each.nbytes) for each in leaving])
         with self._lock:  # what is mapped is not free
             self._used -= sum(each.nbytes for each in memory)
 

@@ -25,15 +25,18 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
+
+def _unmap_pieces(address: int, nbytes: int) -> None:
+    for begin in range(address - address % _PIECE, address + nbytes, _PIECE):
+        first, end = max(begin, address), min(begin + _PIECE, address + nbytes)
+        _libc.munmap(first, end - first)
+
+
 _unmap: Callable[[int, int], object]
 try:
     from asyncload_native import unmap as _unmap  # makes way for an event loop on the same cores
 except ImportError:
-
-    def _unmap(address: int, nbytes: int) -> None:
-        for begin in range(address - address % _PIECE, address + nbytes, _PIECE):
-            first, end = max(begin, address), min(begin + _PIECE, address + nbytes)
-            _libc.munmap(first, end - first)
+    _unmap = _unmap_pieces
 
 
 class Pages:

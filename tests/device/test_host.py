@@ -238,7 +238,11 @@ def test_a_mapping_is_taken_and_unmapped_piece_by_piece() -> None:
 
 def test_neighbours_are_unmapped_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     page, calls = mmap.PAGESIZE, list[tuple[int, int]]()
-    monkeypatch.setattr(_pages, "_unmap", lambda address, nbytes: calls.append((address, nbytes)))
+
+    def note(address: int, nbytes: int) -> None:
+        calls.append((address, nbytes))
+
+    monkeypatch.setattr(_pages, "_unmap", note)
     base = 1 << 40
     unmap(
         [(base + 4 * page, page), (base + page, 1), (base, page), (base + 2 * page, 2 * page - 1), (base + 6 * page, 5)]
