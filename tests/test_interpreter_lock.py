@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from asyncload import Loader, interpreter_lock
+from asyncload.device import HostDevice
 from asyncload.errors import PlanError
 from asyncload.interpreter_lock import UNHURRIED, Pause, waiting, working
 from asyncload.loader._open import OpenedModel
 from asyncload.loader._session import Session
+from asyncload.options import EngineOption, Options
 from asyncload.testing import synthesize
 
 
@@ -127,6 +129,55 @@ async def test_time_until_a_thread_has_the_lock_is_not_its_work(clock: Clock, pa
     async with OpenedModel(run) as opened:
         await opened.open(path, opened.pause)
     assert clock.sleeps == []
+
+
+class SlowClock(Clock):
+    """One by which whatever is done takes a millisecond."""
+
+    def perf_counter(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
+    clock = SlowClock()
+    monkeypatch.setattr(interpreter_lock, "time", clock)
+    return clock
+
+
+def test_loops_over_memory_pause(slow_clock: SlowClock) -> None:
+    class Nobody:
+        def give(self, address: int) -> bool:
+            return address == 0
+
+    device, sizes = HostDevice(), [1] * 5
+    made = device.allocate_all(sizes)
+    assert slow_clock.sleeps == [0.0003] * 5
+    assert device.free_all(made) == {}
+    assert slow_clock.sleeps == [0.0003] * 10
+    slow_clock.sleeps.clear()
+    made = device.allocate_some(sizes, Nobody())
+    assert slow_clock.sleeps == [UNHURRIED] * 5
+    device.free_all(made)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=pytest.mark.native)])
+async def test_loops_of_a_load_pause_longer_once_bytes_are_under_way(
+    slow_clock: SlowClock, path: Path, engine: EngineOption
+) -> None:
+    async with Loader("host", options=Options(engine=engine)) as loader:
+        model = await loader.load(path)
+        assert set(slow_clock.sleeps) <= {0.0003, UNHURRIED}
+        hurried, unhurried = (slow_clock.sleeps.count(seconds) for seconds in (0.0003, UNHURRIED))
+        if engine == "native":  # for each tensor's memory, its entry in the ledger, and the tensor
+            assert unhurried == 3 * len(model)
+            assert hurried >= 3  # before the plan, the transfer, and the allocation
+        else:
+            assert unhurried == 0
+            assert hurried >= 3 + 2 * len(model)
+        model.close()
 
 
 # Turns
