@@ -115,10 +115,9 @@ class _Turns:
 
     def begin_anew(self) -> None:
         """In a forked child, in which nobody waits, and which may have the lock of a thread that it has not."""
-        before, ours = self._before, self._ours
-        self.__init__()  # type: ignore[misc]
-        if before is not None and sys.getswitchinterval() == ours:
-            sys.setswitchinterval(before)
+        self._lock = threading.RLock()
+        self._waiting = self._working = 0
+        self._set_interval()
 
 
 _turns = _Turns()

@@ -45,12 +45,32 @@ class Clock:
         return len(self.sleeps) - before
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+class SlowClock(Clock):
+    """One by which whatever is done takes a millisecond."""
+
+    def perf_counter(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def set_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has time be the clock's, by which nobody was found to keep the lock."""
     monkeypatch.setattr(interpreter_lock, "time", clock)
     monkeypatch.setattr(Pause, "_kept_until", 0.0)
     monkeypatch.setattr(interpreter_lock, "_turns", interpreter_lock._Turns())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    set_clock(clock, monkeypatch)
+    return clock
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
+    clock = SlowClock()
+    set_clock(clock, monkeypatch)
     return clock
 
 
@@ -129,21 +149,6 @@ async def test_time_until_a_thread_has_the_lock_is_not_its_work(clock: Clock, pa
     async with OpenedModel(run) as opened:
         await opened.open(path, opened.pause)
     assert clock.sleeps == []
-
-
-class SlowClock(Clock):
-    """One by which whatever is done takes a millisecond."""
-
-    def perf_counter(self) -> float:
-        self.now += 0.001
-        return self.now
-
-
-@pytest.fixture
-def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
-    clock = SlowClock()
-    monkeypatch.setattr(interpreter_lock, "time", clock)
-    return clock
 
 
 def test_loops_over_memory_pause(slow_clock: SlowClock) -> None:
@@ -294,7 +299,9 @@ def test_blocks_of_many_threads_leave_the_interval_as_it_was(clock: Clock, inter
     assert sys.getswitchinterval() == interval
 
 
-def test_a_block_that_ends_while_another_one_begins_is_counted(clock: Clock, interval: float) -> None:
+def test_a_block_that_ends_while_another_one_begins_is_counted(
+    clock: Clock, interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As that of an abandoned load may, in a finalizer, wherever that runs."""
     somebody_keeps_the_lock(clock)
     abandoned = waiting()
@@ -306,7 +313,7 @@ def test_a_block_that_ends_while_another_one_begins_is_counted(clock: Clock, int
             ends.pop().__exit__(None, None, None)
         return perf_counter()
 
-    clock.perf_counter = end_it  # type: ignore[method-assign]
+    monkeypatch.setattr(clock, "perf_counter", end_it)
     with working():
         pass
     assert not ends

@@ -228,19 +228,22 @@ class HostDevice:
             self._unmap(freed)
 
     def _unmap(self, memory: Sequence[DeviceMemory]) -> None:
-        """Unmaps memory that nobody has any more; a device that poisons keeps it for a while, poisoned."""
-        leaving = [*memory]
-        if self._poison:
-            for each in memory:
-                ctypes.memset(each.address, POISON, each.nbytes)
-            leaving.clear()
-            with self._lock:
-                self._quarantine.extend(memory)
-                while sum(kept.nbytes for kept in self._quarantine) > _QUARANTINE:
-                    leaving.append(self._quarantine.popleft())
-        unmap([(each.address, each.nbytes) for each in leaving])
+        """Unmaps memory that nobody has any more, or keeps it poisoned for a while."""
+        leaving = self._poisoned(memory) if self._poison else memory
+        unmap((each.address, each.nbytes) for each in leaving)
         with self._lock:  # what is mapped is not free
             self._used -= sum(each.nbytes for each in memory)
+
+    def _poisoned(self, memory: Sequence[DeviceMemory]) -> list[DeviceMemory]:
+        """Poisons memory, and takes it in exchange for what was kept for long enough."""
+        for each in memory:
+            ctypes.memset(each.address, POISON, each.nbytes)
+        leaving: list[DeviceMemory] = []
+        with self._lock:
+            self._quarantine.extend(memory)
+            while sum(kept.nbytes for kept in self._quarantine) > _QUARANTINE:
+                leaving.append(self._quarantine.popleft())
+        return leaving
 
     def staging(self, nbytes: int) -> HostStaging:
         """Maps and touches memory."""
