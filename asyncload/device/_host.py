@@ -206,17 +206,18 @@ class HostDevice:
 
     def free(self, memory: DeviceMemory) -> None:
         """Unmaps memory; raises ``DeviceError`` also if a copy still writes it."""
-        if memory == DeviceMemory(0, 0):
+        if memory.address == memory.nbytes == 0:
             return
         with self._lock:
             if self._allocated.get(memory.address) != memory.nbytes:
                 raise DeviceError(f"{_NAME}: {memory} is not allocated", device=_NAME)
             self._engine.check_unused("device memory was freed", memory.address, memory.nbytes)
             del self._allocated[memory.address]
-        if self._thread.freed is None:
+        freed = self._thread.freed
+        if freed is None:
             self._unmap([memory])
         else:
-            self._thread.freed.append(memory)
+            freed.append(memory)
 
     def free_all(self, memory: Collection[DeviceMemory]) -> dict[DeviceMemory, Exception]:
         """Each by ``free``, but all unmapped at once."""

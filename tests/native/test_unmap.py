@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,3 +61,15 @@ def test_it_takes_what_it_is_told_and_nothing_beside(maps: Callable[[], bytes], 
     assert mapped(found, base, behind) == 0
     assert mapped(found, base - PAGE, base) == PAGE
     assert mapped(found, behind, behind + PAGE) == PAGE
+
+
+def test_it_sleeps_between_pieces_so_that_others_may_map_memory() -> None:
+    from asyncload_native import unmap
+
+    nbytes = 4 * WHOLE
+    address = LIBC.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), mmap.MADV_NOHUGEPAGE)
+    ctypes.memset(address, 1, nbytes)  # each page is there, and giving that many back takes its time
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    unmap(address, nbytes)
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw >= before + 2
