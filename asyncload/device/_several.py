@@ -45,7 +45,7 @@ def allocate_until(
 
 def free_each(memory: Collection[DeviceMemory], free: Callable[[DeviceMemory], None]) -> dict[DeviceMemory, Exception]:
     """Makes ``free_all`` of a device's ``free``."""
-    pause = Pause()
+    pause = Pause(UNHURRIED)
     failures: dict[DeviceMemory, Exception] = {}
     for each in memory:
         try:

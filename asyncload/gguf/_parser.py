@@ -28,7 +28,7 @@ class HeaderParser:
 
     Feed it the file from its start until ``header`` is not None. It is lenient where real writers differ (gaps
     between tensors, their order, bytes after the last one); ``strict`` accepts only what ggml itself does. It reads
-    versions 2 and 3, little endian. ``pause`` is called each 0.15 ms or so of work: a thread that gives up the
+    versions 2 and 3, little endian. ``pause`` is called each 0.07 ms or so of work: a thread that gives up the
     interpreter lock in it leaves the event loop its time.
     """
 

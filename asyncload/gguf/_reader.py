@@ -22,8 +22,8 @@ Steps = Generator[int, None, T]
 _MAX_HEADER: Final = 256 << 20
 MAX_NAME: Final = (1 << 16) - 1  # the format's limit for keys; for tensors there is none but ggml's
 
-# One unit is about the time in which Python passes over a string, 60 ns: a pause each 0.15 ms or so.
-_UNITS_BETWEEN_PAUSES: Final = 2048
+# One unit is about the time in which Python passes over a string, 60 ns: a pause each 0.07 ms or so.
+_UNITS_BETWEEN_PAUSES: Final = 1024
 _STRINGS_AT_ONCE: Final = 256
 _BYTES_OF_A_UNIT: Final = 64
 _BYTES_CHECKED_AT_ONCE: Final = 64 << 10
