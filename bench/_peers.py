@@ -120,7 +120,8 @@ def safetensors_loaders(file: Path, device: str, *, wanted: Collection[str]) -> 
     """By name, what loads a safetensors file: the ways of those peers that are wanted and installed.
 
     Each returns its tensors by name once they are there. InstantTensor's own their memory, as ours do, and it keeps
-    its pinned memory from one load to the next, as a loader of ours does.
+    its pinned memory from one load to the next, as a loader of ours does, unless the environment says that it is to be
+    as it is installed (``INSTANTTENSOR_CACHE_BUFFER=0``), which it looks at once.
     """
     ready = _ready(wanted, device)
     loaders: dict[str, Callable[[], Tensors]] = {}
@@ -129,9 +130,10 @@ def safetensors_loaders(file: Path, device: str, *, wanted: Collection[str]) -> 
         load_file, where = _module(name).load_file, [] if device == "host" else [device]
         loaders[f"{name}.load_file"] = lambda: _there(load_file(file, *where), device)
     if "instanttensor" in ready:
-        os.environ.setdefault("INSTANTTENSOR_CACHE_BUFFER", "1")
+        keeps = os.environ.setdefault("INSTANTTENSOR_CACHE_BUFFER", "1") == "1"
         for backend in _BUFFERED:
-            loaders[f"{INSTANTTENSOR}, {backend}"] = partial(_instanttensor, file, device, backend)
+            name = f"{INSTANTTENSOR}, {backend}" + (", buffers kept" if keeps else "")
+            loaders[name] = partial(_instanttensor, file, device, backend)
     return loaders
 
 

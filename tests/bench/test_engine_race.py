@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -244,6 +245,18 @@ def test_instanttensor_has_a_loader_for_each_buffered_mode(
         assert set(load()) == set(file.header.tensors)
     assert [how["backend"] for how in instanttensor] == ["AIO_BUFFERED", "URING_BUFFERED", "MMAP"]
     assert all(how["device"] == "cuda:0" for how in instanttensor)
+
+
+@pytest.mark.usefixtures("instanttensor")
+def test_instanttensor_keeps_its_buffers_unless_the_environment_says_otherwise(
+    file: TwoHeaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("INSTANTTENSOR_CACHE_BUFFER")
+    loaders = _peers.safetensors_loaders(file.path, "cuda:0", wanted=["instanttensor"])
+    assert list(loaders) == [
+        f"InstantTensor, {mode}, buffers kept" for mode in ("AIO_BUFFERED", "URING_BUFFERED", "MMAP")
+    ]
+    assert os.environ["INSTANTTENSOR_CACHE_BUFFER"] == "1"
 
 
 def test_a_package_that_does_not_import_is_said(
