@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["UNHURRIED", "Pause", "waiting", "working"]
+__all__ = ["UNHURRIED", "Pause", "overdue", "waiting", "working"]
 
 # Seconds of a pause in which an event loop wakes up and takes the lock, twice for each of its timers: mostly, and where
 # its cores are busy, too.
@@ -90,6 +90,12 @@ class _Turns:
         """Somebody keeps the lock; that he does not at times, and others get it, is chance."""
         self._believed_until = time.perf_counter() + _BELIEVED
 
+    def overdue(self, seconds: float) -> None:
+        """News were heard so late."""
+        if seconds >= sys.getswitchinterval():
+            self.believe()
+        self.count()
+
     def count(self, *, waiting: int = 0, working: int = 0) -> None:
         """So many more wait and work."""
         with self._lock:
@@ -122,6 +128,15 @@ class _Turns:
 
 _turns = _Turns()
 os.register_at_fork(after_in_child=_turns.begin_anew)
+
+
+def overdue(seconds: float) -> None:
+    """Says how late news were heard: as late as the switch interval, they are believed to have waited for the lock.
+
+    So who listens for long goes on with short turns as long as he needs them, and a ``waiting`` that goes on has them
+    from then on, or no longer.
+    """
+    _turns.overdue(seconds)
 
 
 @contextmanager

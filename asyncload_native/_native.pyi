@@ -281,6 +281,10 @@ class Job:
     def groups(self) -> list[int]:
         """For each tensor, the number of the group that it is moved in."""
 
+    @property
+    def unheard(self) -> float:
+        """For how many seconds there has been news; 0 when there is none."""
+
     def poll(self) -> News:
         """What has happened since it was last asked."""
 
@@ -490,6 +494,12 @@ class LayerFeed:
     @property
     def descriptor(self) -> int:
         """An eventfd that is readable when something is to be told."""
+
+    @property
+    def unheard(self) -> float:
+        """
+        For how many seconds something has been to be told; 0 when there is nothing.
+        """
 
     def poll(self) -> list[FeedNews]:
         """What has come since it was last asked."""

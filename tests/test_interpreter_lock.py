@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import anyio
 import pytest
 
 from asyncload import Loader, interpreter_lock
 from asyncload.device import HostDevice
 from asyncload.errors import PlanError
-from asyncload.interpreter_lock import UNHURRIED, Pause, waiting, working
+from asyncload.interpreter_lock import UNHURRIED, Pause, overdue, waiting, working
+from asyncload.layers import Scheduler
 from asyncload.loader._open import OpenedModel
 from asyncload.loader._session import Session
 from asyncload.options import EngineOption, Options
-from asyncload.testing import synthesize
+from asyncload.plan import Mode
+from asyncload.source import open_source
+from asyncload.testing import AsyncOnlySource, synthesize
 
 
 class Clock:
@@ -257,6 +262,32 @@ def test_a_pause_in_a_shortened_interval_says_nothing(clock: Clock, interval: fl
     assert clock.work(Pause(), interval - 1e-4) > 0
 
 
+def test_who_hears_of_news_late_comes_to_the_lock_sooner_from_then_on(clock: Clock, interval: float) -> None:
+    with waiting():
+        overdue(interval - 1e-4)
+        assert sys.getswitchinterval() == interval
+        overdue(interval)
+        assert sys.getswitchinterval() == 0.0005
+    assert sys.getswitchinterval() == interval
+    with waiting():
+        assert sys.getswitchinterval() == 0.0005
+
+
+def test_as_long_as_he_does(clock: Clock, interval: float) -> None:
+    with waiting():
+        overdue(interval)
+        for _ in range(3):
+            clock.now += 9
+            overdue(0.0006)
+            assert sys.getswitchinterval() == 0.0005
+        clock.now += 9
+        overdue(0.0004)
+        assert sys.getswitchinterval() == 0.0005
+        clock.now += 1
+        overdue(0.0004)
+        assert sys.getswitchinterval() == interval
+
+
 @pytest.mark.parametrize("own", [0.0002, 0.0005, 0.006, 1000.0])
 def test_an_interval_of_the_programs_own_is_left_alone(clock: Clock, interval: float, own: float) -> None:
     somebody_keeps_the_lock(clock)
@@ -359,6 +390,7 @@ async def test_loads_wait_and_give_the_interval_back(
         make_plan(session)
 
     monkeypatch.setattr(Session, "make_plan", note)
+    monkeypatch.setattr("asyncload.pipeline._native.overdue", float)  # whatever the machine does
     async with Loader("host") as loader:
 
         async def load(dtype: str) -> None:
@@ -376,3 +408,114 @@ async def test_loads_wait_and_give_the_interval_back(
             await load("int3")
     assert at_work == [interval] * 3
     assert sys.getswitchinterval() == interval
+
+
+STREAM: Final[list[Mode]] = ["stream"]
+
+
+class Gate(AsyncOnlySource):
+    """A source that gives nothing as long as it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(open_source(path))
+        self.opened = anyio.Event()
+        self.opened.set()
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self.opened.wait()
+        await super().read_into(offset, buffer)
+
+
+@asynccontextmanager
+async def consumer(loader: Loader, gate: Gate, kind: str) -> AsyncGenerator[AsyncIterator[object]]:
+    """Something that is iterated over, of which not everything comes before the gate is open."""
+    if kind == "tensors":
+        async with loader.tensors(gate, ahead=1) as tensors:
+            gate.opened = anyio.Event()
+            yield tensors
+    else:
+        async with loader.stream(gate, allow=STREAM, host="file") as layers:
+            gate.opened = anyio.Event()
+            yield aiter(layers)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["tensors", "layers"])
+async def test_who_enters_a_stream_waits(interval: float, clock: Clock, path: Path, kind: str) -> None:
+    somebody_keeps_the_lock(clock)
+    gate = Gate(path)
+    gate.opened = anyio.Event()
+    async with Loader("host") as loader, anyio.create_task_group() as group:
+
+        async def enter() -> None:
+            async with consumer(loader, gate, kind):
+                assert sys.getswitchinterval() == interval
+
+        group.start_soon(enter)
+        await anyio.wait_all_tasks_blocked()
+        assert sys.getswitchinterval() == 0.0005
+        gate.opened.set()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["tensors", "layers"])
+async def test_who_leaves_a_stream_waits(
+    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    somebody_keeps_the_lock(clock)
+    owner, name = (Session, "discard") if kind == "tensors" else (Scheduler, "close")
+    function, seen = getattr(owner, name), list[float]()
+
+    def note(self: Any) -> Any:
+        seen.append(sys.getswitchinterval())
+        return function(self)
+
+    monkeypatch.setattr(owner, name, note)
+    gate = Gate(path)
+    async with Loader("host") as loader:
+        async with consumer(loader, gate, kind):
+            gate.opened.set()
+        assert seen == [0.0005]
+        assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["tensors", "layers"])
+async def test_who_takes_from_a_stream_waits(interval: float, clock: Clock, path: Path, kind: str) -> None:
+    somebody_keeps_the_lock(clock)
+    gate, meanwhile = Gate(path), set[float]()
+    async with Loader("host") as loader, consumer(loader, gate, kind) as source, anyio.create_task_group() as group:
+        assert sys.getswitchinterval() == interval
+
+        async def take() -> None:
+            async for _ in source:
+                meanwhile.add(sys.getswitchinterval())
+
+        group.start_soon(take)
+        await anyio.wait_all_tasks_blocked()
+        assert sys.getswitchinterval() == 0.0005
+        gate.opened.set()
+    assert meanwhile == {interval}
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.native
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["load", "layers"])
+async def test_news_of_the_native_engine_that_are_heard_late_are_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    late = list[float]()
+    monkeypatch.setattr(
+        f"asyncload.{'pipeline._native' if kind == 'load' else 'layers._native_feed'}.overdue", late.append
+    )
+    device = HostDevice(latency=0.02)  # so that there is something to wait for
+    async with Loader(device, options=Options(engine="native")) as loader:
+        if kind == "load":
+            (await loader.load(path)).close()
+        else:
+            async with loader.stream(path, allow=STREAM, host="slabs") as layers:
+                async for _ in layers:
+                    pass
+    assert late
+    assert all(0.0 < seconds < 60 for seconds in late)  # in seconds

@@ -11,6 +11,7 @@ import anyio
 
 from asyncload.device import DeviceMemory, Event
 from asyncload.errors import CopyError, DeviceError
+from asyncload.interpreter_lock import overdue
 from asyncload.layers._feed import Settle
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
@@ -154,6 +155,7 @@ class NativeSlabFeed:
         """Hears from the C++ threads until it is cancelled."""
         while True:
             await anyio.wait_readable(self._feed.descriptor)
+            overdue(self._feed.unheard)
             self.hear()
 
     def hear(self) -> None:

@@ -18,6 +18,7 @@ from anyio.abc import TaskGroup
 from asyncload.device import Event, WorkStream
 from asyncload.errors import ClosedError
 from asyncload.gguf import Header
+from asyncload.interpreter_lock import waiting
 from asyncload.layers import (
     FileFeed,
     Layer,
@@ -79,7 +80,8 @@ class LayerRide:
         is in the next sweep then. Raises ``StalledError`` if it was left behind, ``ClosedError`` after the end.
         """
         try:
-            return await self._step()
+            with waiting():  # also in the loop's turns, in which it gives the lock up
+                return await self._step()
         except BaseException as error:
             if isinstance(error, Exception):  # and no cancellation, after which the same layer comes
                 self._position = 0
@@ -242,6 +244,12 @@ class LayerStream:
         if self._entered:
             raise ClosedError("a layer stream is entered once")
         self._entered = True
+        with waiting():
+            await self._open()
+        return self
+
+    async def _open(self) -> None:
+        """What entering the block does."""
         async with AsyncExitStack() as stack:
             engine = stack.enter_context(self._scope)
             if self._request.trace:
@@ -286,7 +294,6 @@ class LayerStream:
                 group.start_soon(feed.listen)
             group.start_soon(scheduler.run)
             self._stack = stack.pop_all()
-        return self
 
     def _plan(self, engine: Engine, opened: OpenedModel) -> Plan:
         """The memory plan, with its kernels ready; on a thread."""
@@ -394,7 +401,8 @@ class LayerStream:
         freed when it ends.
         """
         self._layers = None
-        return await self._stack.__aexit__(kind, error, trace)
+        with waiting():
+            return await self._stack.__aexit__(kind, error, trace)
 
 
 class _SlotList:

@@ -15,6 +15,7 @@ from anyio.abc import TaskGroup
 
 from asyncload.errors import ClosedError
 from asyncload.gguf import Header
+from asyncload.interpreter_lock import waiting
 from asyncload.loader._session import Request, Session
 from asyncload.model import Tensor
 from asyncload.pipeline import Engine, Hears
@@ -95,6 +96,12 @@ class TensorStream:
         if self._entered:
             raise ClosedError("a tensor stream is entered once")
         self._entered = True
+        with waiting():
+            await self._open()
+        return self
+
+    async def _open(self) -> None:
+        """What entering the block does."""
         async with AsyncExitStack() as stack:  # what is entered first is left last
             stack.enter_context(ending(self._request.progress))
             engine = stack.enter_context(self._scope)
@@ -108,7 +115,6 @@ class TensorStream:
             group.start_soon(self._move, session)
             self._session = session
             self._stack = stack.pop_all()
-        return self
 
     async def _move(self, session: _Window) -> None:
         try:
@@ -129,6 +135,10 @@ class TensorStream:
 
     async def __anext__(self) -> Tensor:
         """Waits for the next tensor to land."""
+        with waiting():  # also in the loop's turns, in which it gives the lock up
+            return await self._next()
+
+    async def _next(self) -> Tensor:
         await anyio.lowlevel.checkpoint()  # thousands of tensors may be ready
         session = self._active()
         while not session.ready:
@@ -153,7 +163,8 @@ class TensorStream:
     ) -> bool | None:
         """Ends the load, waits until nothing of it is under way, and frees what was not taken."""
         self._session = None
-        return await self._stack.__aexit__(kind, error, trace)
+        with waiting():
+            return await self._stack.__aexit__(kind, error, trace)
 
 
 async def _leave(group: TaskGroup, *_: object) -> None:

@@ -21,6 +21,7 @@ from asyncload.errors import (
     SourceReadError,
 )
 from asyncload.gguf import GGMLType
+from asyncload.interpreter_lock import overdue
 from asyncload.memory import Scratch, VramTracker
 from asyncload.options import Options
 from asyncload.pipeline._backend import Sink
@@ -298,6 +299,7 @@ class NativeTransfer:
         """Tells the sink what happens, until nothing of the job is under way."""
         while not self._hear():
             await anyio.wait_readable(self._job.descriptor)
+            overdue(self._job.unheard)
 
     def _hear(self) -> bool:
         """Takes the news; whether they were the last."""

@@ -58,6 +58,11 @@ std::string Job::reading() const {
     return choice->reason();
 }
 
+double Job::unheard() const {
+    const std::lock_guard lock(mutex_);
+    return signal_.unheard();
+}
+
 Job::Copies Job::copies() const {
     const std::lock_guard lock(mutex_);
     return copies_;

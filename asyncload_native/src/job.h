@@ -73,6 +73,8 @@ class Job : public std::enable_shared_from_this<Job> {
     const std::vector<std::uint32_t>& groups() const noexcept { return groups_; }
     // What has happened since it was last asked.
     News poll();
+    // For how many seconds there has been news; 0 when there is none that anybody was to be woken for.
+    double unheard() const;
     // How its files are read, and why.
     std::string reading() const;
     // Closes the descriptor; for who has heard of the end.

@@ -159,6 +159,11 @@ std::vector<LayerFeed::News> LayerFeed::poll() {
     return take_news();
 }
 
+double LayerFeed::unheard() const {
+    const std::lock_guard lock(mutex_);
+    return signal_.unheard();
+}
+
 std::vector<LayerFeed::News> LayerFeed::wait() {
     std::unique_lock lock(mutex_);
     told_.wait(lock, [this] { return due_; });

@@ -400,6 +400,7 @@ void bind_job(nb::module_& module) {
             "fit a chunk.")
         .def_prop_ro("descriptor", &Job::descriptor, "An eventfd that is readable when there is news.")
         .def_prop_ro("groups", &Job::groups, "For each tensor, the number of the group that it is moved in.")
+        .def_prop_ro("unheard", &Job::unheard, "For how many seconds there has been news; 0 when there is none.")
         .def("poll", &Job::poll, "What has happened since it was last asked.")
         .def("close", &Job::close, "Closes the descriptor; for who has heard of the end.")
         .def_prop_ro(
@@ -622,6 +623,8 @@ void bind_layer_feed(nb::module_& module) {
              "until\n"
              "he is told; the number by which he is.")
         .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is to be told.")
+        .def_prop_ro("unheard", &LayerFeed::unheard,
+                     "For how many seconds something has been to be told; 0 when there is nothing.")
         .def("poll", &LayerFeed::poll, "What has come since it was last asked.")
         .def(
             "take_spans", [](LayerFeed& feed) { return take(feed.spans()); },

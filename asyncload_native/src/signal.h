@@ -1,9 +1,11 @@
 // A descriptor by which threads tell an event loop that there is something to hear.
 #pragma once
 
+#include <chrono>
+
 namespace asyncload {
 
-// An eventfd. Its owner sees to it that no two calls of `set` and `clear` are made at once.
+// An eventfd. Its owner sees to it that no two calls are made at once.
 class Signal {
   public:
     Signal();  // throws `std::system_error` where there is no descriptor left
@@ -14,11 +16,13 @@ class Signal {
     int descriptor() const noexcept { return descriptor_; }
     void set();  // readable, until it is cleared
     void clear();
-    void close();  // for good
+    double unheard() const;  // seconds since it was set; 0 when it is not
+    void close();            // for good
 
   private:
     int descriptor_ = -1;
     bool set_ = false;
+    std::chrono::steady_clock::time_point since_{};
 };
 
 }  // namespace asyncload

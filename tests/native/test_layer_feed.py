@@ -185,3 +185,15 @@ def test_a_consumer_in_cpp_goes_through_all_layers(slots: int) -> None:
         for _ in range(2):
             assert bench.module.consume(feed, bench.device, addresses, 4, kernel, 7) > 0
     assert seen == 8 * [1, 2, 3]
+
+
+def test_it_says_for_how_long_there_has_been_something_to_tell() -> None:
+    begin, bench = time.perf_counter(), Bench()
+    slot = np.zeros(NBYTES, np.uint8)
+    with bench.feed(each_arrival=True) as feed:
+        assert feed.unheard == 0.0
+        feed.feed(0, slot.ctypes.data, [])
+        assert wakes(feed)
+        assert 0.0 < feed.unheard < feed.unheard < time.perf_counter() - begin
+        hear_all(feed, 2)
+        assert feed.unheard == 0.0
