@@ -133,8 +133,8 @@ os.register_at_fork(after_in_child=_turns.begin_anew)
 def overdue(seconds: float) -> None:
     """Says how late news were heard: as late as the switch interval, they are believed to have waited for the lock.
 
-    So who listens for long goes on with short turns as long as he needs them, and a ``waiting`` that goes on has them
-    from then on, or no longer.
+    So who listens for long goes on with short turns as long as he seems to need them, and with each news a ``waiting``
+    that goes on has them from then on, or no longer. What a loop did itself in that time counts, too.
     """
     _turns.overdue(seconds)
 
@@ -145,6 +145,7 @@ def waiting() -> Generator[None]:
 
     The interpreter's switch interval is set back behind it, and in a forked child. It stays as it is where nobody was
     found to keep the lock lately, and where it is longer than the interpreter's own, as somebody has reasons for that.
+    Whether it is still so, nobody looks before another block begins or ends, or news come (``overdue``).
     """
     _turns.count(waiting=1)
     try:

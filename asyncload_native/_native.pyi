@@ -252,6 +252,12 @@ class News:
     def failure(self) -> Failure | None:
         """Why it ended early, if it did."""
 
+    @property
+    def late(self) -> float:
+        """
+        Seconds since the descriptor was made readable for it; 0 where it was not.
+        """
+
 class Wake(enum.Enum):
     """When a job's descriptor becomes readable, beside its end."""
 
@@ -280,10 +286,6 @@ class Job:
     @property
     def groups(self) -> list[int]:
         """For each tensor, the number of the group that it is moved in."""
-
-    @property
-    def unheard(self) -> float:
-        """For how many seconds there has been news; 0 when there is none."""
 
     def poll(self) -> News:
         """What has happened since it was last asked."""
@@ -496,9 +498,9 @@ class LayerFeed:
         """An eventfd that is readable when something is to be told."""
 
     @property
-    def unheard(self) -> float:
+    def late(self) -> float:
         """
-        For how many seconds something has been to be told; 0 when there is nothing.
+        Seconds since the descriptor was made readable for what was polled last; 0 where it was not.
         """
 
     def poll(self) -> list[FeedNews]:

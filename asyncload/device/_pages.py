@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import os
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ __all__ = ["Mapping", "Pages", "unmap"]
 _HUGE_PAGE: Final = 2 << 20
 _TOUCHING_THREADS: Final = 8
 _PIECE: Final = 4 << 20  # bytes that are unmapped in one call, at most
-_PAUSE: Final = 0.00002  # seconds between them, in which others may map memory
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)  # its calls release the interpreter lock
@@ -32,12 +30,11 @@ def _unmap_pieces(address: int, nbytes: int) -> None:
     for begin in range(address - address % _PIECE, address + nbytes, _PIECE):
         first, end = max(begin, address), min(begin + _PIECE, address + nbytes)
         _libc.munmap(first, end - first)
-        time.sleep(_PAUSE)
 
 
 _unmap: Callable[[int, int], object]
 try:
-    from asyncload_native import unmap as _unmap  # pauses less often
+    from asyncload_native import unmap as _unmap  # makes way for who maps memory meanwhile, and for an event loop
 except ImportError:
     _unmap = _unmap_pieces
 

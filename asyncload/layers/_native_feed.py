@@ -155,13 +155,13 @@ class NativeSlabFeed:
         """Hears from the C++ threads until it is cancelled."""
         while True:
             await anyio.wait_readable(self._feed.descriptor)
-            overdue(self._feed.unheard)
             self.hear()
 
     def hear(self) -> None:
         """Takes what has come."""
         for news in self._feed.poll():
             self._take(news)
+        overdue(self._feed.late)
 
     def _take(self, news: Any) -> None:
         feeding = self._feedings[news.number]

@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from asyncload.device import Event, WorkStream
 from asyncload.errors import ClosedError
 from asyncload.gguf import Header
-from asyncload.interpreter_lock import waiting
+from asyncload.interpreter_lock import waiting, working
 from asyncload.layers import (
     FileFeed,
     Layer,
@@ -297,6 +297,10 @@ class LayerStream:
 
     def _plan(self, engine: Engine, opened: OpenedModel) -> Plan:
         """The memory plan, with its kernels ready; on a thread."""
+        with working():
+            return self._make_plan(engine, opened)
+
+    def _make_plan(self, engine: Engine, opened: OpenedModel) -> Plan:
         free = engine.device.memory().free if self._request.free is None else self._request.free
 
         def make(options: Options) -> Plan:

@@ -299,11 +299,11 @@ class NativeTransfer:
         """Tells the sink what happens, until nothing of the job is under way."""
         while not self._hear():
             await anyio.wait_readable(self._job.descriptor)
-            overdue(self._job.unheard)
 
     def _hear(self) -> bool:
         """Takes the news; whether they were the last."""
         self._news = news = self._job.poll()
+        overdue(news.late)
         landed = news.landed  # made anew each time
         self._landed += news.moved
         self._missing -= len(landed)

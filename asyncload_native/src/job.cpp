@@ -40,8 +40,8 @@ void Job::close() {
 
 Job::News Job::poll() {
     const std::lock_guard lock(mutex_);
-    signal_.clear();
     News news = std::move(news_);
+    news.late = signal_.clear();
     news_ = {};
     news_.ended = news.ended;
     news_.failure = news.failure;
@@ -56,11 +56,6 @@ std::string Job::reading() const {
         choice = choice_;
     }
     return choice->reason();
-}
-
-double Job::unheard() const {
-    const std::lock_guard lock(mutex_);
-    return signal_.unheard();
 }
 
 Job::Copies Job::copies() const {

@@ -54,6 +54,7 @@ class Job : public std::enable_shared_from_this<Job> {
         std::vector<std::uint32_t> landed;  // tensors
         std::uint64_t moved = 0;            // bytes of tensors
         bool ended = false;                 // nothing of it is under way any more
+        double late = 0;                    // seconds since whoever waits was woken for it
         std::optional<Failure> failure;
     };
 
@@ -73,8 +74,6 @@ class Job : public std::enable_shared_from_this<Job> {
     const std::vector<std::uint32_t>& groups() const noexcept { return groups_; }
     // What has happened since it was last asked.
     News poll();
-    // For how many seconds there has been news; 0 when there is none that anybody was to be woken for.
-    double unheard() const;
     // How its files are read, and why.
     std::string reading() const;
     // Closes the descriptor; for who has heard of the end.

@@ -159,11 +159,6 @@ std::vector<LayerFeed::News> LayerFeed::poll() {
     return take_news();
 }
 
-double LayerFeed::unheard() const {
-    const std::lock_guard lock(mutex_);
-    return signal_.unheard();
-}
-
 std::vector<LayerFeed::News> LayerFeed::wait() {
     std::unique_lock lock(mutex_);
     told_.wait(lock, [this] { return due_; });
@@ -172,7 +167,7 @@ std::vector<LayerFeed::News> LayerFeed::wait() {
 
 std::vector<LayerFeed::News> LayerFeed::take_news() {
     due_ = false;
-    signal_.clear();
+    late_ = signal_.clear();
     return std::exchange(news_, {});
 }
 

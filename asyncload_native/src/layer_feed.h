@@ -77,8 +77,8 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     std::vector<News> poll();
     // The same, once something is to be told; for who has no event loop.
     std::vector<News> wait();
-    // For how many seconds something has been to be told; 0 when there is nothing.
-    double unheard() const;
+    // Seconds since whoever waits was woken for what he took last; for him who polls.
+    double late() const noexcept { return late_; }
     std::size_t layers() const noexcept { return layers_.size(); }
     // What the threads did for layers, if that is noted.
     Spans& spans() noexcept { return spans_; }
@@ -136,12 +136,13 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     std::vector<std::unique_ptr<Stream>> streams_;
     std::uint64_t next_ = 0;                           // the caller's thread's, as is the next
     std::unordered_map<Address, std::uint64_t> last_;  // feeding, by slot
-    mutable std::mutex mutex_;                         // over the next five
+    std::mutex mutex_;                                 // over the next five
     std::condition_variable told_;
     std::unordered_set<std::uint64_t> under_way_;  // that are to be told of as arrived
     std::vector<News> news_;
     bool due_ = false;  // somebody waits for some of it
     Signal signal_;
+    double late_ = 0;  // seconds; his who polls
     Spans spans_;
     Worker enqueuing_;
     Worker awaiting_slots_;

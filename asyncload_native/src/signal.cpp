@@ -25,14 +25,11 @@ void Signal::set() {
     [[maybe_unused]] const auto written = ::write(descriptor_, &one, sizeof one);  // fails only when it is set
 }
 
-void Signal::clear() {
-    if (descriptor_ < 0 || !std::exchange(set_, false)) return;
+double Signal::clear() {
+    if (descriptor_ < 0 || !std::exchange(set_, false)) return 0;
     std::uint64_t count = 0;
     [[maybe_unused]] const auto got = ::read(descriptor_, &count, sizeof count);
-}
-
-double Signal::unheard() const {
-    return set_ ? std::chrono::duration<double>(std::chrono::steady_clock::now() - since_).count() : 0;
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - since_).count();
 }
 
 void Signal::close() {

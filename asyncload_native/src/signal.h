@@ -5,7 +5,7 @@
 
 namespace asyncload {
 
-// An eventfd. Its owner sees to it that no two calls are made at once.
+// An eventfd. Its owner sees to it that no two calls of `set` and `clear` are made at once.
 class Signal {
   public:
     Signal();  // throws `std::system_error` where there is no descriptor left
@@ -14,10 +14,9 @@ class Signal {
     Signal& operator=(const Signal&) = delete;
 
     int descriptor() const noexcept { return descriptor_; }
-    void set();  // readable, until it is cleared
-    void clear();
-    double unheard() const;  // seconds since it was set; 0 when it is not
-    void close();            // for good
+    void set();      // readable, until it is cleared
+    double clear();  // returns the seconds since it was set, 0 where it was not
+    void close();    // for good
 
   private:
     int descriptor_ = -1;
