@@ -295,12 +295,9 @@ class LayerStream:
             group.start_soon(scheduler.run)
             self._stack = stack.pop_all()
 
+    @working()
     def _plan(self, engine: Engine, opened: OpenedModel) -> Plan:
         """The memory plan, with its kernels ready; on a thread."""
-        with working():
-            return self._make_plan(engine, opened)
-
-    def _make_plan(self, engine: Engine, opened: OpenedModel) -> Plan:
         free = engine.device.memory().free if self._request.free is None else self._request.free
 
         def make(options: Options) -> Plan:

@@ -37,6 +37,14 @@ def maps() -> Iterator[Callable[[], bytes]]:
         yield read
 
 
+def map_memory(nbytes: int) -> int:
+    """The address of so many bytes."""
+    address: int = LIBC.mmap(
+        None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+    )
+    return address
+
+
 def mapped(maps: bytes, begin: int, end: int) -> int:
     """How many bytes between two addresses are mapped."""
     count = 0
@@ -51,7 +59,7 @@ def mapped(maps: bytes, begin: int, end: int) -> int:
 def test_it_takes_what_it_is_told_and_nothing_beside(maps: Callable[[], bytes], first: int, nbytes: int) -> None:
     from asyncload_native import unmap
 
-    address = LIBC.mmap(None, WHOLE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    address = map_memory(WHOLE)
     base = -(-address // PIECE) * PIECE + PIECE + first  # with some of the mapping on either side
     behind = base + -(-nbytes // PAGE) * PAGE
     unmap(base, nbytes)
@@ -67,7 +75,7 @@ def test_it_sleeps_between_pieces_so_that_others_may_map_memory() -> None:
     from asyncload_native import unmap
 
     nbytes = 4 * WHOLE
-    address = LIBC.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    address = map_memory(nbytes)
     LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), mmap.MADV_NOHUGEPAGE)
     ctypes.memset(address, 1, nbytes)  # each page is there, and giving that many back takes its time
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

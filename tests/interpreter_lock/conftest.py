@@ -1,0 +1,51 @@
+"""A clock in the place of time, the switch interval, and a small model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asyncload import interpreter_lock
+from asyncload.interpreter_lock import Pause
+from asyncload.testing import synthesize
+from tests.interpreter_lock.clock import Clock, SlowClock
+
+
+def set_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has time be the clock's, by which nobody was found to keep the lock."""
+    monkeypatch.setattr(interpreter_lock, "time", clock)
+    monkeypatch.setattr(Pause, "_kept_until", 0.0)
+    monkeypatch.setattr(interpreter_lock, "_turns", interpreter_lock._Turns())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    set_clock(clock, monkeypatch)
+    return clock
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
+    clock = SlowClock()
+    set_clock(clock, monkeypatch)
+    return clock
+
+
+@pytest.fixture
+def interval() -> Iterator[float]:
+    """The interpreter's switch interval, which is set back."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    yield 0.005
+    sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A small model."""
+    (path,) = synthesize(tmp_path / "tiny.gguf", preset="tiny")
+    return path

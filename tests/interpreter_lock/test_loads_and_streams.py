@@ -1,0 +1,171 @@
+"""Who waits for a load, or takes from a stream, comes to the interpreter lock."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import pytest
+
+from asyncload import Loader
+from asyncload.device import HostDevice
+from asyncload.errors import PlanError
+from asyncload.layers import Scheduler
+from asyncload.loader import _layer_stream, _session
+from asyncload.loader._session import Session
+from asyncload.options import Options
+from asyncload.plan import Mode
+from asyncload.source import open_source
+from asyncload.testing import AsyncOnlySource
+from tests.interpreter_lock.clock import Clock, somebody_keeps_the_lock
+
+
+def intervals_at(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The switch intervals at each call of a function."""
+    intervals, function = list[float](), getattr(owner, name)
+
+    def note(*args: Any, **options: Any) -> Any:
+        intervals.append(sys.getswitchinterval())
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, note)
+    return intervals
+
+
+@pytest.mark.anyio
+async def test_loads_wait_and_give_the_interval_back(
+    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, on_the_loop = intervals_at(Session, "make_plan", monkeypatch), list[float]()
+    monkeypatch.setattr("asyncload.pipeline._native.overdue", float)  # whatever the machine does
+    async with Loader("host") as loader:
+
+        async def load(dtype: str) -> None:
+            model = await loader.load(path, dtype=dtype, progress=lambda _: on_the_loop.append(sys.getswitchinterval()))
+            model.close()
+
+        await load("packed")
+        assert set(on_the_loop) == {interval}
+        on_the_loop.clear()
+        somebody_keeps_the_lock(clock)
+        await load("packed")
+        assert 0.0005 in on_the_loop
+        assert sys.getswitchinterval() == interval
+        with pytest.raises(PlanError):
+            await load("int3")
+    assert at_work == [interval] * 3
+    assert sys.getswitchinterval() == interval
+
+
+STREAM: Final[list[Mode]] = ["stream"]
+PLANS: Final = {"tensors": (_session, "plan_load"), "layers": (_layer_stream, "plan_memory")}  # where they are made
+ENDS: Final = {"tensors": (Session, "discard"), "layers": (Scheduler, "close")}  # what leaving begins with
+
+
+class Gate(AsyncOnlySource):
+    """A source that gives nothing as long as it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(open_source(path))
+        self.opened = anyio.Event()
+        self.opened.set()
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self.opened.wait()
+        await super().read_into(offset, buffer)
+
+
+@asynccontextmanager
+async def consumer(loader: Loader, gate: Gate, kind: str) -> AsyncGenerator[AsyncIterator[object]]:
+    """Something that is iterated over, of which not everything comes before the gate is open."""
+    if kind == "tensors":
+        async with loader.tensors(gate, ahead=1) as tensors:
+            gate.opened = anyio.Event()
+            yield tensors
+    else:
+        async with loader.stream(gate, allow=STREAM, host="file") as layers:
+            gate.opened = anyio.Event()
+            yield aiter(layers)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["tensors", "layers"])
+async def test_who_enters_a_stream_waits(
+    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    somebody_keeps_the_lock(clock)
+    at_work = intervals_at(*PLANS[kind], monkeypatch)
+    gate = Gate(path)
+    gate.opened = anyio.Event()
+    async with Loader("host") as loader, anyio.create_task_group() as group:
+
+        async def enter() -> None:
+            async with consumer(loader, gate, kind):
+                assert sys.getswitchinterval() == interval
+
+        group.start_soon(enter)
+        await anyio.wait_all_tasks_blocked()
+        assert sys.getswitchinterval() == 0.0005
+        gate.opened.set()
+    assert at_work[0] == interval
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["tensors", "layers"])
+async def test_who_leaves_a_stream_waits(
+    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    somebody_keeps_the_lock(clock)
+    seen = intervals_at(*ENDS[kind], monkeypatch)
+    gate = Gate(path)
+    async with Loader("host") as loader:
+        async with consumer(loader, gate, kind):
+            gate.opened.set()
+        assert seen == [0.0005]
+        assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["tensors", "layers"])
+async def test_who_takes_from_a_stream_waits(interval: float, clock: Clock, path: Path, kind: str) -> None:
+    somebody_keeps_the_lock(clock)
+    gate, meanwhile = Gate(path), set[float]()
+    async with Loader("host") as loader, consumer(loader, gate, kind) as source, anyio.create_task_group() as group:
+        assert sys.getswitchinterval() == interval
+
+        async def take() -> None:
+            async for _ in source:
+                meanwhile.add(sys.getswitchinterval())
+
+        group.start_soon(take)
+        await anyio.wait_all_tasks_blocked()
+        assert sys.getswitchinterval() == 0.0005
+        gate.opened.set()
+    assert meanwhile == {interval}
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.native
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["load", "layers"])
+async def test_news_of_the_native_engine_that_are_heard_late_are_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    late = list[float]()
+    monkeypatch.setattr(
+        f"asyncload.{'pipeline._native' if kind == 'load' else 'layers._native_feed'}.overdue", late.append
+    )
+    device = HostDevice(latency=0.02)  # so that there is something to wait for
+    async with Loader(device, options=Options(engine="native")) as loader:
+        if kind == "load":
+            (await loader.load(path)).close()
+        else:
+            async with loader.stream(path, allow=STREAM, host="slabs") as layers:
+                async for _ in layers:
+                    pass
+    assert 0.0 < max(late) < 60  # in seconds
+    assert min(late) >= 0.0

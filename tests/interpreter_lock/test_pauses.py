@@ -1,0 +1,110 @@
+"""How a loop on a thread shares the interpreter lock."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncload import Loader
+from asyncload.device import HostDevice
+from asyncload.interpreter_lock import UNHURRIED, Pause
+from asyncload.loader._open import OpenedModel
+from asyncload.options import EngineOption, Options
+from tests.interpreter_lock.clock import Clock, SlowClock
+
+
+def test_little_work_is_not_worth_a_pause(clock: Clock) -> None:
+    assert clock.work(Pause(), 0.00029) == 0
+
+
+def test_others_come_to_the_lock_while_there_is_much_work(clock: Clock) -> None:
+    assert clock.work(Pause(), 0.01015) == 15  # after 0.3 milliseconds, then after each 0.7
+    assert set(clock.sleeps) == {0.0003}
+
+
+def test_who_is_in_no_hurry_sleeps_longer(clock: Clock) -> None:
+    assert clock.work(Pause(UNHURRIED), 0.01015) == 15
+    assert set(clock.sleeps) == {0.001}
+
+
+def test_what_a_pause_took_is_worked_before_the_next_one(clock: Clock) -> None:
+    clock.longer = 0.02
+    assert clock.work(Pause(), 0.05) == 3
+
+
+@pytest.mark.parametrize("seconds", [0.0003, UNHURRIED])
+def test_but_not_of_one_that_the_machine_made_long(clock: Clock, seconds: float) -> None:
+    clock.longer = 0.0049
+    assert clock.work(Pause(seconds), 0.01015) == 15
+
+
+def test_where_somebody_keeps_the_lock_the_next_loop_works_for_a_switch_interval(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    assert clock.work(Pause(), sys.getswitchinterval() - 1e-4) == 0
+    assert clock.work(Pause(), sys.getswitchinterval() + 1e-4) == 1
+
+
+def test_and_no_longer_once_the_lock_is_free_again(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    clock.longer = 0.0
+    clock.work(Pause(), sys.getswitchinterval() + 1e-4)
+    assert clock.work(Pause(), 0.0011) > 0
+
+
+def test_nor_for_long(clock: Clock) -> None:
+    clock.longer = 0.02
+    clock.work(Pause(), 0.0011)
+    clock.now += 11
+    assert clock.work(Pause(), 0.0011) > 0
+
+
+@pytest.mark.anyio
+async def test_time_until_a_thread_has_the_lock_is_not_its_work(clock: Clock, path: Path) -> None:
+    async def run(function: Callable[..., Any], *args: Any) -> Any:
+        clock.now += 0.02
+        return function(*args)
+
+    async with OpenedModel(run) as opened:
+        await opened.open(path, opened.pause)
+    assert clock.sleeps == []
+
+
+def test_loops_over_memory_pause(slow_clock: SlowClock) -> None:
+    class Nobody:
+        def give(self, address: int) -> bool:
+            return address == 0
+
+    device, sizes = HostDevice(), [1] * 5
+    made = device.allocate_all(sizes)
+    assert slow_clock.sleeps == [0.0003] * 5
+    slow_clock.sleeps.clear()
+    assert device.free_all(made) == {}
+    assert slow_clock.sleeps == [UNHURRIED] * 5
+    slow_clock.sleeps.clear()
+    made = device.allocate_some(sizes, Nobody())
+    assert slow_clock.sleeps == [UNHURRIED] * 5
+    device.free_all(made)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=pytest.mark.native)])
+async def test_loops_of_a_load_pause_longer_once_bytes_are_under_way(
+    slow_clock: SlowClock, path: Path, engine: EngineOption
+) -> None:
+    async with Loader("host", options=Options(engine=engine)) as loader:
+        model = await loader.load(path)
+        assert set(slow_clock.sleeps) <= {0.0003, UNHURRIED}
+        hurried, unhurried = (slow_clock.sleeps.count(seconds) for seconds in (0.0003, UNHURRIED))
+        if engine == "native":  # for each tensor's memory, its entry in the ledger, and the tensor
+            assert unhurried == 3 * len(model)
+            assert hurried >= 3  # before the plan, the transfer, and the allocation
+        else:
+            assert unhurried == 0
+            assert hurried >= 3 + 2 * len(model)
+        model.close()
