@@ -137,6 +137,7 @@ struct State {
     std::chrono::nanoseconds delay{0};
     std::map<std::string, Fault> faults;
     std::map<std::string, std::size_t> calls;
+    std::map<std::string, std::set<std::thread::id>> callers;
     std::vector<std::string> violations;
 };
 
@@ -151,6 +152,7 @@ using Lock = std::unique_lock<std::mutex>;
 CUresult count(const std::string& function) {
     ++calls_here;
     ++state.calls[function];
+    state.callers[function].insert(std::this_thread::get_id());
     if (const auto fault = state.faults.find(function); fault != state.faults.end() && --fault->second.calls == 0) {
         const CUresult code = fault->second.code;
         if (fault->second.lasting)
@@ -580,6 +582,7 @@ void stub_reset(std::size_t capacity) {
     state.capacity = capacity;
     state.faults.clear();
     state.calls.clear();
+    state.callers.clear();
     state.violations.clear();
 }
 
@@ -595,6 +598,17 @@ void stub_fail(const char* function, std::size_t nth, CUresult code, bool lastin
 std::size_t stub_calls(const char* function) {
     const Lock lock(state.lock);
     return state.calls[function];
+}
+
+// How many threads have called a function since they were forgotten.
+std::size_t stub_callers(const char* function) {
+    const Lock lock(state.lock);
+    return state.callers[function].size();
+}
+
+void stub_forget_callers() {
+    const Lock lock(state.lock);
+    state.callers.clear();
 }
 
 // While it is held, no stream begins anything.

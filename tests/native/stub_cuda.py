@@ -15,6 +15,7 @@ class StubCuda:
         self.path = str(path)
         self._library = ctypes.CDLL(self.path)
         self._library.stub_calls.restype = ctypes.c_size_t
+        self._library.stub_callers.restype = ctypes.c_size_t
         self._library.stub_live.restype = ctypes.c_size_t
         self._library.stub_calls_here.restype = ctypes.c_size_t
         self._library.stub_kernel.restype = ctypes.c_void_p
@@ -53,6 +54,14 @@ class StubCuda:
         For "work", how many copies and kernels were begun; for "upload", how many copies to the device were enqueued.
         """
         return int(self._library.stub_calls(function.encode()))
+
+    def callers(self, function: str) -> int:
+        """How many threads have called a function since ``forget_callers``."""
+        return int(self._library.stub_callers(function.encode()))
+
+    def forget_callers(self) -> None:
+        """Begins anew with ``callers``."""
+        self._library.stub_forget_callers()
 
     def hold(self, held: bool) -> None:
         """While held, no stream begins anything."""

@@ -45,7 +45,9 @@ def fill(loads: Loads, engine: Engine) -> None:
 def test_what_comes_while_enough_is_under_way_is_enqueued_in_one_call(loads: Loads, engine: Engine) -> None:
     loads.cuda.hold(True)
     job, targets = loads.begin(engine)
-    until(lambda: job.times().read_nbytes >= 14 * CHUNK)  # 16 chunks, one of them of 101 bytes and one of 3392
+    until(lambda: job.times().read_nbytes == 14 * CHUNK + 101 + 3392)  # the chunks that there are buffers for
+    loads.cuda.forget_callers()
+    until(lambda: loads.cuda.callers("cuEventQuery") == MOST_BUFFERS // 2)  # each thread has asked for its copies
     assert loads.cuda.calls("cuEventRecord") <= UNDER_WAY
     loads.cuda.hold(False)
     assert ended(job)
