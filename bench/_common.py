@@ -62,7 +62,7 @@ def make_parser(description: str, *, device: bool = True, loads: bool = True) ->
         )
         model = parser.add_argument_group("the model (a synthetic one, unless a file is given)")
         model.add_argument("--file", metavar="FILE", type=Path, help="a GGUF model")
-        model.add_argument("--preset", default="llama-1b", help="llama-1b (default) or llama-8b")
+        model.add_argument("--preset", default="llama-1b", help="llama-1b (default), llama-8b, qwen3-32b")
         model.add_argument("--quant", default="Q4_K_M", help="Q4_K_M (default), Q8_0, Q4_0, BF16, F16 or F32")
         model.add_argument("--layers", type=int, metavar="N", help="another number of layers than the preset's")
     return parser

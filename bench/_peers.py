@@ -119,9 +119,9 @@ def peers(
 def safetensors_loaders(file: Path, device: str, *, wanted: Collection[str]) -> dict[str, Callable[[], Tensors]]:
     """By name, what loads a safetensors file: the ways of those peers that are wanted and installed.
 
-    Each returns its tensors by name once they are there. InstantTensor's own their memory, as ours do, and it keeps
-    its pinned memory from one load to the next, as a loader of ours does, unless the environment says that it is to be
-    as it is installed (``INSTANTTENSOR_CACHE_BUFFER=0``), which it looks at once.
+    Each returns its tensors by name once they are there. InstantTensor's own their memory, as ours do. It is as it is
+    installed, where it pins memory for each load anew; with ``INSTANTTENSOR_CACHE_BUFFER=1`` in the environment, at
+    which it looks once, it keeps that until the process ends, as a loader of ours does until it is closed.
     """
     ready = _ready(wanted, device)
     loaders: dict[str, Callable[[], Tensors]] = {}
@@ -130,7 +130,7 @@ def safetensors_loaders(file: Path, device: str, *, wanted: Collection[str]) -> 
         load_file, where = _module(name).load_file, [] if device == "host" else [device]
         loaders[f"{name}.load_file"] = lambda: _there(load_file(file, *where), device)
     if "instanttensor" in ready:
-        keeps = os.environ.setdefault("INSTANTTENSOR_CACHE_BUFFER", "1") == "1"
+        keeps = os.environ.get("INSTANTTENSOR_CACHE_BUFFER") == "1"
         for backend in _BUFFERED:
             name = f"{INSTANTTENSOR}, {backend}" + (", buffers kept" if keeps else "")
             loaders[name] = partial(_instanttensor, file, device, backend)

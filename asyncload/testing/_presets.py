@@ -20,7 +20,7 @@ class Architecture:
     """
 
     title: str
-    family: Literal["llama", "gemma3"] = "llama"
+    family: Literal["llama", "gemma3", "qwen3"] = "llama"
     layers: int
     embedding: int
     feed_forward: int
@@ -37,8 +37,8 @@ class Architecture:
         return self if layers is None else replace(self, layers=layers)
 
 
-# Llama 3.1 8B and Llama 3.2 1B; one whose rows are mostly no multiple of 256, as Gemma 3 270M's are; and a Gemma 3 of
-# which one layer looks at everything and the others slide.
+# Llama 3.1 8B and Llama 3.2 1B; Qwen3 32B, which has many tensors; one whose rows are mostly no multiple of 256, as
+# Gemma 3 270M's are; and a Gemma 3 of which one layer looks at everything and the others slide.
 PRESETS: Final[Mapping[str, Architecture]] = MappingProxyType(
     {
         "llama-8b": Architecture(
@@ -63,6 +63,18 @@ PRESETS: Final[Mapping[str, Architecture]] = MappingProxyType(
             rows=128256,
             context=131072,
             tied=True,
+        ),
+        "qwen3-32b": Architecture(
+            title="Qwen3 32B",
+            family="qwen3",
+            layers=64,
+            embedding=5120,
+            feed_forward=25600,
+            heads=64,
+            kv_heads=8,
+            head_size=128,
+            rows=151936,
+            context=40960,
         ),
         "tiny": Architecture(
             title="tiny Llama",
@@ -144,10 +156,10 @@ def _shapes(model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
         "ffn_up": (inner, model.embedding),
         "ffn_down": (model.embedding, inner),
     }
+    if model.family != "llama":
+        of_layer |= {"attn_q_norm": (model.head_size,), "attn_k_norm": (model.head_size,)}
     if model.family == "gemma3":
         of_layer |= {
-            "attn_q_norm": (model.head_size,),
-            "attn_k_norm": (model.head_size,),
             "post_attention_norm": (model.embedding,),
             "post_ffw_norm": (model.embedding,),
         }

@@ -34,9 +34,10 @@ def synthesize(
 ) -> list[Path]:
     """Writes a well-formed GGUF model of random but valid blocks, and returns its path, or those of its parts.
 
-    ``preset`` is ``"llama-8b"``, ``"llama-1b"``, ``"tiny"`` or ``"tiny-gemma"`` (a few MB each), ``layers`` another
-    number of layers than that model's. ``quant`` is ``"F32"``, ``"F16"``, ``"BF16"``, ``"Q4_0"``, ``"Q8_0"`` or
-    ``"Q4_K_M"`` with the types that llama.cpp gives each tensor then, or ``"all"``: Q4_K_M and a tensor of every type.
+    ``preset`` is ``"llama-8b"``, ``"llama-1b"``, ``"qwen3-32b"``, ``"tiny"`` or ``"tiny-gemma"`` (a few MB each),
+    ``layers`` another number of layers than that model's. ``quant`` is ``"F32"``, ``"F16"``, ``"BF16"``, ``"Q4_0"``,
+    ``"Q8_0"`` or ``"Q4_K_M"`` with the types that llama.cpp gives each tensor then, or ``"all"``: Q4_K_M and a tensor
+    of every type.
     ``vocabulary`` is the number of tokens in the metadata (the embedding has the preset's rows whatever it is). With
     ``parts`` the model is split in that many files, ``name-00001-of-00003.gguf`` and so on. The same arguments give the
     same bytes; the weights repeat every few MB, never at a power of two. Blocks. Raises ``OptionsError`` for what it
@@ -169,12 +170,9 @@ def _sizes(model: Architecture) -> dict[str, MetadataValue]:
         "attention.key_length": model.head_size,
         "attention.value_length": model.head_size,
     }
-    if model.family == "gemma3":
-        return sizes | {
-            "attention.layer_norm_rms_epsilon": 1e-6,
-            "attention.sliding_window": model.window,
-            "rope.freq_base": 1e6,
-        }
+    if model.family != "llama":
+        sizes |= {"attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6}
+        return sizes | {"attention.sliding_window": model.window} if model.family == "gemma3" else sizes
     return sizes | {
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.freq_base": 500000.0,

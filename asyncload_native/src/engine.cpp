@@ -10,7 +10,7 @@
 namespace asyncload {
 
 Engine::Engine(std::shared_ptr<Device> device, std::byte* ring, const Options& options)
-    : device_(std::move(device)), options_(options) {
+    : device_(std::move(device)), options_(options), cores_(options.threads) {
     device_->attach();
     if (device_->combines_copies()) copies_ = std::make_unique<CopyQueue>(*device_);
     std::uint32_t first = 0;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "copy_queue.h"
+#include "cores.h"
 #include "device.h"
 #include "job.h"
 
@@ -99,7 +100,8 @@ class Engine {
     std::condition_variable changed_;
     std::deque<std::shared_ptr<Job>> jobs_;  // that have not ended
     bool closing_ = false;
-    bool leaving_ = false;               // a thread has left a chunk, and not yet taken another
+    bool leaving_ = false;  // a thread has left a chunk, and not yet taken another
+    Cores cores_;
     std::unique_ptr<CopyQueue> copies_;  // where the device combines copies
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<std::thread> threads_;

@@ -42,7 +42,9 @@ void Engine::Worker::run() {
         const bool idle = !under_way();
         if (auto task = engine_.take(idle)) {
             land_others(*task->job);
+            engine_.cores_.begin(index_);
             move(lane, std::move(*task));
+            engine_.cores_.end(index_);
             next_ = (next_ + 1) % lanes_.size();
         } else if (idle) {
             return;
