@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["UNHURRIED", "Pause", "overdue", "waiting", "working"]
+__all__ = ["UNHURRIED", "Pause", "overdue", "waiting"]
 
 # Seconds of a pause in which an event loop wakes up and takes the lock, twice for each of its timers: mostly, and where
 # its cores are busy, too.
@@ -34,11 +34,9 @@ class Pause:
     it up between a timer and the task that it wakes, and after a shorter sleep the loop here has it back by then.
     ``UNHURRIED`` suits a loop for whose end nobody waits. The first pause comes sooner than the next ones: he is due
     who has given the loop its work. Where another thread does not give the lock back before the interpreter makes it,
-    the next one comes after as much work as this one took, and the first one of a loop that begins soon after when the
-    interpreter would make it give the lock up.
+    the next one comes after as much work as this one took. Short turns (``waiting``) do without: there the interpreter
+    sees to it that others come to the lock.
     """
-
-    _kept_until = 0.0  # until when a lock that somebody kept in a pause of the process's counts as kept: there is one
 
     def __init__(self, seconds: float = _SHORT) -> None:
         self._seconds = seconds
@@ -46,31 +44,27 @@ class Pause:
 
     def begin(self) -> None:
         """The loop begins now."""
-        now = time.perf_counter()
-        self._not_before = now + (sys.getswitchinterval() if now < Pause._kept_until else _BEFORE_FIRST)
+        self._not_before = time.perf_counter() + _BEFORE_FIRST
 
     def __call__(self) -> None:
         """Pauses, if it is time to."""
-        begin = time.perf_counter()
-        if begin >= self._not_before:
-            time.sleep(self._seconds)
-            end = time.perf_counter()
-            kept = end - begin >= self._seconds + _turns.usual_interval
-            self._not_before = end + (end - begin if kept else _BETWEEN)
-            if kept:
-                Pause._kept_until = end + _BELIEVED
-                _turns.believe()
-            elif not _turns.shortened:  # in a short one nobody can keep it, so it says nothing
-                Pause._kept_until = 0.0
+        if _turns.shortened or (begin := time.perf_counter()) < self._not_before:
+            return
+        kept_for = self._seconds + sys.getswitchinterval()
+        time.sleep(self._seconds)
+        end = time.perf_counter()
+        kept = end - begin >= kept_for
+        self._not_before = end + (end - begin if kept else _BETWEEN)
+        if kept:
+            _turns.believe()
 
 
 class _Turns:
-    """The interpreter's switch interval, shorter while somebody waits and nobody works."""
+    """The interpreter's switch interval, shorter while somebody waits."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # over all that follows; a block may end in a finalizer, wherever that runs
         self._waiting = 0
-        self._working = 0
         self._believed_until = 0.0
         self._before: float | None = None  # the interval that is to come back
         self._ours = 0.0
@@ -81,28 +75,23 @@ class _Turns:
         """Whether the interval is shorter than it was."""
         return self._before is not None
 
-    @property
-    def usual_interval(self) -> float:
-        """What the interval is while nobody waits."""
-        return self._before or sys.getswitchinterval()
-
     def believe(self) -> None:
         """Somebody keeps the lock; that he does not at times, and others get it, is chance."""
         self._believed_until = time.perf_counter() + _BELIEVED
+        self.count(0)
 
     def overdue(self, seconds: float) -> None:
         """News were heard so late."""
         if seconds >= sys.getswitchinterval():
             self.believe()
-        self.count()
+        self.count(0)
 
-    def count(self, *, waiting: int = 0, working: int = 0) -> None:
-        """So many more wait and work."""
+    def count(self, waiting: int) -> None:
+        """So many more wait."""
         with self._lock:
             self._waiting = max(0, self._waiting + waiting)  # a forked child ends blocks that it knows nothing of
-            self._working = max(0, self._working + working)
-            counted = (-1, -1)
-            while counted != (counted := (self._waiting, self._working)):
+            counted = -1
+            while counted != (counted := self._waiting):
                 self._set_interval()
 
     def _set_interval(self) -> None:
@@ -111,7 +100,7 @@ class _Turns:
             self._before, self._left_alone = None, True
         if not self._waiting:
             self._left_alone = False
-        short = self._waiting > 0 and self._working == 0 and time.perf_counter() < self._believed_until
+        short = self._waiting > 0 and time.perf_counter() < self._believed_until
         if short and not self.shortened and not self._left_alone and _TURN < interval <= _DEFAULT_INTERVAL:
             sys.setswitchinterval(_TURN)
             self._before, self._ours = interval, sys.getswitchinterval()
@@ -122,7 +111,7 @@ class _Turns:
     def begin_anew(self) -> None:
         """In a forked child, in which nobody waits, and which may have the lock of a thread that it has not."""
         self._lock = threading.RLock()
-        self._waiting = self._working = 0
+        self._waiting = 0
         self._set_interval()
 
 
@@ -147,18 +136,8 @@ def waiting() -> Generator[None]:
     found to keep the lock lately, and where it is longer than the interpreter's own, as somebody has reasons for that.
     Whether it is still so, nobody looks before another block begins or ends, or news come (``overdue``).
     """
-    _turns.count(waiting=1)
+    _turns.count(1)
     try:
         yield
     finally:
-        _turns.count(waiting=-1)
-
-
-@contextmanager
-def working() -> Generator[None]:
-    """The block is Python that someone who is ``waiting`` waits for: it keeps the lock as long as it may."""
-    _turns.count(working=1)
-    try:
-        yield
-    finally:
-        _turns.count(working=-1)
+        _turns.count(-1)

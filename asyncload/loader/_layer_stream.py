@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from asyncload.device import Event, WorkStream
 from asyncload.errors import ClosedError
 from asyncload.gguf import Header
-from asyncload.interpreter_lock import waiting, working
+from asyncload.interpreter_lock import waiting
 from asyncload.layers import (
     FileFeed,
     Layer,
@@ -295,7 +295,6 @@ class LayerStream:
             group.start_soon(scheduler.run)
             self._stack = stack.pop_all()
 
-    @working()
     def _plan(self, engine: Engine, opened: OpenedModel) -> Plan:
         """The memory plan, with its kernels ready; on a thread."""
         free = engine.device.memory().free if self._request.free is None else self._request.free

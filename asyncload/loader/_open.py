@@ -10,7 +10,7 @@ from typing import Any, Final, Self, TypeVar
 
 from asyncload.errors import PlanError, SourceNotFoundError
 from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
-from asyncload.interpreter_lock import Pause, working
+from asyncload.interpreter_lock import Pause
 from asyncload.source import BlockingSource, NativeFileSource, Source, open_source
 
 __all__ = ["ModelPath", "OpenedModel"]
@@ -73,9 +73,8 @@ class OpenedModel:
         """Runs a function that pauses."""
 
         def work() -> T:
-            with working():
-                self.pause.begin()  # here: until the thread has the interpreter lock, much time may have passed
-                return function(*args)
+            self.pause.begin()  # here: until the thread has the interpreter lock, much time may have passed
+            return function(*args)
 
         result: T = await self._run(work)
         return result

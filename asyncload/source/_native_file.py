@@ -15,7 +15,7 @@ from asyncload.threads import run_in_thread
 
 __all__ = ["NativeFileSource"]
 
-_HEAD: Final = 64 << 10  # bytes that are read along when it is opened: where a model's header begins
+_HEAD: Final = 256 << 10  # bytes that are read along when it is opened: where a model's header begins
 
 
 class NativeFileSource:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from asyncload import interpreter_lock
-from asyncload.interpreter_lock import Pause
 from asyncload.testing import synthesize
 from tests.interpreter_lock.clock import Clock, SlowClock
 
@@ -17,7 +16,6 @@ from tests.interpreter_lock.clock import Clock, SlowClock
 def set_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has time be the clock's, by which nobody was found to keep the lock."""
     monkeypatch.setattr(interpreter_lock, "time", clock)
-    monkeypatch.setattr(Pause, "_kept_until", 0.0)
     monkeypatch.setattr(interpreter_lock, "_turns", interpreter_lock._Turns())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,28 +39,6 @@ def test_what_a_pause_took_is_worked_before_the_next_one(clock: Clock) -> None:
 def test_but_not_of_one_that_the_machine_made_long(clock: Clock, seconds: float) -> None:
     clock.longer = 0.0049
     assert clock.work(Pause(seconds), 0.01015) == 15
-
-
-def test_where_somebody_keeps_the_lock_the_next_loop_works_for_a_switch_interval(clock: Clock) -> None:
-    clock.longer = 0.02
-    clock.work(Pause(), 0.0011)
-    assert clock.work(Pause(), sys.getswitchinterval() - 1e-4) == 0
-    assert clock.work(Pause(), sys.getswitchinterval() + 1e-4) == 1
-
-
-def test_and_no_longer_once_the_lock_is_free_again(clock: Clock) -> None:
-    clock.longer = 0.02
-    clock.work(Pause(), 0.0011)
-    clock.longer = 0.0
-    clock.work(Pause(), sys.getswitchinterval() + 1e-4)
-    assert clock.work(Pause(), 0.0011) > 0
-
-
-def test_nor_for_long(clock: Clock) -> None:
-    clock.longer = 0.02
-    clock.work(Pause(), 0.0011)
-    clock.now += 11
-    assert clock.work(Pause(), 0.0011) > 0
 
 
 @pytest.mark.anyio

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
-from asyncload.interpreter_lock import Pause, overdue, waiting, working
+from asyncload.interpreter_lock import Pause, overdue, waiting
 from tests.interpreter_lock.clock import Clock, somebody_keeps_the_lock
 
 
@@ -29,21 +29,9 @@ def test_who_waits_comes_to_the_lock_sooner(clock: Clock, interval: float) -> No
     assert sys.getswitchinterval() == interval
 
 
-def test_and_is_not_interrupted_sooner_while_he_works(clock: Clock, interval: float) -> None:
-    somebody_keeps_the_lock(clock)
-    with working(), waiting():
-        assert sys.getswitchinterval() == interval
+def test_who_finds_out_while_he_waits_comes_to_it_sooner_at_once(clock: Clock, interval: float) -> None:
     with waiting():
-        with working(), working():
-            assert sys.getswitchinterval() == interval
-        assert sys.getswitchinterval() == 0.0005
-
-
-def test_who_finds_out_at_work_waits_for_it_afterwards(clock: Clock, interval: float) -> None:
-    with waiting():
-        with working():
-            somebody_keeps_the_lock(clock)
-            assert sys.getswitchinterval() == interval
+        somebody_keeps_the_lock(clock)
         assert sys.getswitchinterval() == 0.0005
     assert sys.getswitchinterval() == interval
 
@@ -59,19 +47,35 @@ def test_that_the_lock_is_kept_is_believed_for_a_while_whatever_chance_says(cloc
         assert sys.getswitchinterval() == interval
 
 
-def test_a_pause_in_a_shortened_interval_says_nothing(clock: Clock, interval: float) -> None:
+def test_short_turns_need_no_pauses(clock: Clock, interval: float) -> None:
+    somebody_keeps_the_lock(clock)
+    with waiting():
+        assert clock.work(Pause(), 0.1) == 0
+        sys.setswitchinterval(0.002)
+        with waiting():
+            pass
+        assert clock.work(Pause(), 0.001) > 0  # they are short no more
+    assert clock.work(Pause(), 0.001) > 0
+
+
+def test_a_pause_in_which_short_turns_begin_is_as_long_as_it_was(
+    clock: Clock, interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     somebody_keeps_the_lock(clock)
     clock.now += 9
+    block = waiting()
+
+    def sleep(seconds: float) -> None:
+        block.__enter__()
+        clock.now += seconds + interval / 2
+
+    monkeypatch.setattr(clock, "sleep", sleep)
+    clock.work(Pause(), 0.00031)
+    assert sys.getswitchinterval() == 0.0005
+    block.__exit__(None, None, None)
+    clock.now += 1
     with waiting():
-        clock.longer = 0.004  # more than the interval, as on a busy machine
-        assert clock.work(Pause(), 0.0201) > 0
-        clock.longer = 0.0
-        assert clock.work(Pause(), 0.0201) > 0
-    assert clock.work(Pause(), interval - 1e-4) == 0  # still believed
-    clock.now += 1.1
-    with waiting():
-        assert sys.getswitchinterval() == interval  # but no longer than it was
-    assert clock.work(Pause(), interval - 1e-4) > 0
+        assert sys.getswitchinterval() == interval  # nobody was found to keep the lock once more
 
 
 def test_who_hears_of_news_late_comes_to_the_lock_sooner_from_then_on(clock: Clock, interval: float) -> None:
@@ -114,8 +118,7 @@ def test_so_is_one_that_is_set_meanwhile_until_nobody_waits(clock: Clock, interv
     somebody_keeps_the_lock(clock)
     with waiting():
         sys.setswitchinterval(0.002)
-        with working():
-            assert sys.getswitchinterval() == 0.002
+        overdue(interval)
         assert sys.getswitchinterval() == 0.002
         with waiting():
             assert sys.getswitchinterval() == 0.002
@@ -133,8 +136,6 @@ def test_blocks_of_many_threads_leave_the_interval_as_it_was(clock: Clock, inter
         for _ in range(200):
             with waiting():
                 seen.add(sys.getswitchinterval())
-                with working():
-                    pass
 
     with ThreadPoolExecutor(8) as threads:
         wait([threads.submit(load) for _ in range(8)])
@@ -158,7 +159,7 @@ def test_a_block_that_ends_while_another_one_begins_is_counted(
         return perf_counter()
 
     monkeypatch.setattr(clock, "perf_counter", end_it)
-    with working():
+    with waiting():
         pass
     assert not ends
     assert sys.getswitchinterval() == interval
