@@ -23,7 +23,7 @@ UNHURRIED: Final = 0.001
 _BEFORE_FIRST: Final = 0.0003  # seconds of work for which others may wait, who may have waited before it
 _BETWEEN: Final = 0.0007  # and who have not
 _BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
-_TURN: Final = 0.0005  # the switch interval while a load waits for who keeps it
+_TURN: Final = 0.0005  # the switch interval while somebody waits, beside who keeps the lock
 _DEFAULT_INTERVAL: Final = 0.005  # the interpreter's
 
 
@@ -77,14 +77,16 @@ class _Turns:
 
     def believe(self) -> None:
         """Somebody keeps the lock; that he does not at times, and others get it, is chance."""
-        self._believed_until = time.perf_counter() + _BELIEVED
-        self.count(0)
+        with self._lock:
+            self._believed_until = time.perf_counter() + _BELIEVED
+            self.count(0)
 
     def overdue(self, seconds: float) -> None:
         """News were heard so late."""
         if seconds >= sys.getswitchinterval():
             self.believe()
-        self.count(0)
+        else:
+            self.count(0)
 
     def count(self, waiting: int) -> None:
         """So many more wait."""
@@ -130,11 +132,12 @@ def overdue(seconds: float) -> None:
 
 @contextmanager
 def waiting() -> Generator[None]:
-    """The block waits for threads, and for the lock: who keeps it has to give it up after half a millisecond.
+    """The block waits for threads, and for the lock: whoever has it has to give it up after half a millisecond.
 
     The interpreter's switch interval is set back behind it, and in a forked child. It stays as it is where nobody was
     found to keep the lock lately, and where it is longer than the interpreter's own, as somebody has reasons for that.
-    Whether it is still so, nobody looks before another block begins or ends, or news come (``overdue``).
+    Whether it is still so, nobody looks before another block begins or ends, or news come (``overdue``); that it has
+    come to be so, a pause may find, too. Threads that work for the block are interrupted as others are.
     """
     _turns.count(1)
     try:

@@ -12,6 +12,7 @@ import anyio
 from asyncload.device import Device, default_device, open_device
 from asyncload.errors import ClosedError, OptionsError
 from asyncload.gguf import Header
+from asyncload.interpreter_lock import waiting
 from asyncload.loader._kernels import prepare_kernels
 from asyncload.loader._layer_stream import LayerRide, LayerStream, StreamRequest
 from asyncload.loader._model_load import load_model
@@ -35,9 +36,10 @@ async def read_header(path: ModelPath, *, strict: bool = False) -> Header:
     Its tensors carry name, type, shape, offset in the file and size in bytes. ``strict`` accepts only what ggml does.
     Raises ``SourceError`` and ``FormatError``.
     """
-    async with OpenedModel(run_in_thread, strict=strict) as opened:
-        await opened.open(path)
-        return opened.header
+    with waiting():
+        async with OpenedModel(run_in_thread, strict=strict) as opened:
+            await opened.open(path)
+            return opened.header
 
 
 async def load(
@@ -190,7 +192,7 @@ class Loader:
         Raises ``SourceError``, ``FormatError``, ``PlanError`` (nothing has moved) and ``DeviceError``. When it raises
         or is cancelled, no copy is under way any more and device memory is as before, but for an error's ``partial``.
         """
-        with ending(progress), self._load_scope() as engine:
+        with waiting(), ending(progress), self._load_scope() as engine:
             request = Request(path=path, dtype=dtype, select=select, into=into, progress=progress)
             return await load_model(engine, request, resume)
         raise AssertionError("the scope raises when it swallows a cancellation")

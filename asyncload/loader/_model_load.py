@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from asyncload.errors import AsyncloadError, PlanError, SourceChangedError
-from asyncload.interpreter_lock import waiting
 from asyncload.loader._session import Request, Session
 from asyncload.model import Model, Partial, Tensor
 from asyncload.pipeline import Engine
@@ -18,15 +17,14 @@ async def load_model(engine: Engine, request: Request, resume: Partial | None = 
     session = Session(engine, request)
     begun = False
     try:
-        with waiting():
-            async with session.opened:
-                await session.opened.open(request.path, partial(_prepare, session, resume))
-                begun = True
-                await session.run()
-                assert session.transfer is not None
-                stats = session.transfer.stats()
-                await session.transfer.end()
-                session.finish()
+        async with session.opened:
+            await session.opened.open(request.path, partial(_prepare, session, resume))
+            begun = True
+            await session.run()
+            assert session.transfer is not None
+            stats = session.transfer.stats()
+            await session.transfer.end()
+            session.finish()
         session.meter.done()
         tensors, session.tensors = session.tensors, {}  # the model's alone from here on
         return Model(tensors, header=session.opened.header, device=engine.device.info, stats=stats)

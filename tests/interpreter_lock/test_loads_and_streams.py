@@ -11,11 +11,12 @@ from typing import Any, Final
 import anyio
 import pytest
 
-from asyncload import Loader
+from asyncload import Loader, read_header
 from asyncload.device import HostDevice
 from asyncload.errors import PlanError
 from asyncload.layers import Scheduler
 from asyncload.loader import _layer_stream, _session
+from asyncload.loader._open import OpenedModel
 from asyncload.loader._session import Session
 from asyncload.options import Options
 from asyncload.plan import Mode
@@ -58,6 +59,28 @@ async def test_loads_wait_and_give_the_interval_back(
         with pytest.raises(PlanError):
             await load("int3")
     assert at_work == [interval, 0.0005, 0.0005]
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.anyio
+async def test_so_does_who_waits_for_the_end_of_a_load_that_fails(
+    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    somebody_keeps_the_lock(clock)
+    at_the_end = intervals_at(Session, "_discard", monkeypatch)
+    async with Loader("host") as loader:
+        with pytest.raises(PlanError):
+            await loader.load(path, dtype="int3")
+    assert at_the_end == [0.0005]
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.anyio
+async def test_and_for_a_header(interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    somebody_keeps_the_lock(clock)
+    at_work = intervals_at(OpenedModel, "_join", monkeypatch)
+    await read_header(path)
+    assert at_work == [0.0005]
     assert sys.getswitchinterval() == interval
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,8 +30,8 @@ from asyncload.loader import Loader, read_header
 from asyncload.options import DecodeOption, EngineOption, Options
 from asyncload.pipeline._native import NativeTransfer
 from asyncload.plan import plan_load
-from asyncload.source import MemorySource
-from asyncload.testing import random_blocks, write_gguf
+from asyncload.source import MemorySource, NativeFileSource
+from asyncload.testing import random_blocks, synthesize, write_gguf
 from asyncload.threads import run_in_thread
 from tests.loader.conftest import FailingFile
 from tests.native.jobs import job_table
@@ -238,6 +239,18 @@ async def test_the_native_engine_moves_tensors_while_others_have_no_memory_yet(
 
 
 @pytest.mark.native
+@pytest.mark.native
+async def test_a_header_of_hundreds_of_tensors_is_read_as_the_file_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the interpreter lock is not given up once more for it."""
+    (path,) = await run_in_thread(
+        partial(synthesize, tmp_path / "model.gguf", preset="tiny", layers=78, vocabulary=1024)
+    )
+    monkeypatch.delattr(NativeFileSource, "read_into_blocking")
+    assert len((await read_header(path)).tensors) > 700
+
+
 class TestPythonRuns:
     @pytest.fixture
     def calls(self) -> Iterator[Counter[str]]:

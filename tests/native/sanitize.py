@@ -24,7 +24,7 @@ SUPPRESSIONS = Path(__file__).with_name("thread.supp")
 PASSING = re.compile(
     r"^WARNING: ThreadSanitizer.*?^SUMMARY[^\n]*\n|^(?:Direct|Indirect) leak of .*?\n\n", re.MULTILINE | re.DOTALL
 )
-OURS = re.compile(r"/asyncload_native/src/|/stub_cuda\.cpp:|\basyncload::")
+OURS = re.compile(r"/asyncload_native/src/|/(?:stub_cuda|one_core)\.cpp:|\basyncload::")
 WIDTH = 200  # of a report's lines: templates have long names
 
 

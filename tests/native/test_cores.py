@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,11 +57,12 @@ def cores() -> list[int]:
 
 def workers() -> set[int]:
     """The threads of the process's engines."""
-    return {
-        int(task.name)
-        for task in Path("/proc/self/task").iterdir()
-        if (task / "comm").read_text().startswith("asyncload-worke")
-    }
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            if (task / "comm").read_text().startswith("asyncload-worke"):
+                found.add(int(task.name))
+    return found
 
 
 @contextmanager
