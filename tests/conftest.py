@@ -122,6 +122,10 @@ def _missing_nowait() -> str | None:
     return None
 
 
+def _missing_core() -> str | None:
+    return None if len(os.sched_getaffinity(0)) > 1 else "this process may use one only"
+
+
 def _missing_demo_model() -> str | None:
     from bench._demo_model import NAME, cache_folder
 
@@ -134,6 +138,7 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
     "direct": _missing_strategy("DIRECT"),
     "uring": _missing_strategy("URING"),
     "nowait": _missing_nowait,
+    "cores": _missing_core,
     "torch": _missing_package("torch"),
     "transformers": _missing_package("transformers"),
     "cupy": _missing_package("cupy"),

@@ -11,7 +11,7 @@ from typing import Any, Final, Self, TypeVar
 from asyncload.errors import PlanError, SourceNotFoundError
 from asyncload.gguf import Header, HeaderParser, join_parts, split_count, split_paths
 from asyncload.interpreter_lock import Pause
-from asyncload.source import BlockingSource, NativeFileSource, Source, open_source
+from asyncload.source import HEAD, BlockingSource, NativeFileSource, Source, open_source
 
 __all__ = ["ModelPath", "OpenedModel"]
 
@@ -21,7 +21,6 @@ ModelPath = str | os.PathLike[str] | Source | Sequence[Source]
 # A function that runs a blocking call on a thread, to its end.
 RunBlocking = Callable[..., Awaitable[Any]]
 
-_FIRST_READ: Final = 256 << 10
 _READ: Final = 4 << 20
 
 
@@ -163,5 +162,5 @@ def _read_header_blocking(source: BlockingSource, parser: HeaderParser) -> Heade
 
 def _next_read(source: Source, parser: HeaderParser, offset: int) -> int:
     """Bytes to read next: what the parser is known to need, or a good piece; at the end of the file, what is left."""
-    want = max(parser.needed - offset, _READ if offset else _FIRST_READ)
+    want = max(parser.needed - offset, _READ if offset else HEAD)
     return min(want, source.size - offset, 16 * _READ)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from asyncload.source._contract import BlockingSource, Source, check_read
+from asyncload.source._contract import HEAD, BlockingSource, Source, check_read
 from asyncload.source._file import FileSource
 from asyncload.source._memory import MemorySource
 from asyncload.source._native_file import NativeFileSource
 
-__all__ = ["BlockingSource", "MemorySource", "NativeFileSource", "Source", "check_read", "open_source"]
+__all__ = ["HEAD", "BlockingSource", "MemorySource", "NativeFileSource", "Source", "check_read", "open_source"]
 
 
 def open_source(path: str | os.PathLike[str], *, native: bool = True) -> BlockingSource:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from asyncload.errors import RangeError
 
-__all__ = ["BlockingSource", "Source", "check_read"]
+__all__ = ["HEAD", "BlockingSource", "Source", "check_read"]
+
+HEAD: Final = 256 << 10  # bytes that are read first of a model's file, which begins with its header
 
 
 @runtime_checkable

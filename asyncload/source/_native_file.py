@@ -7,15 +7,13 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Final
+from typing import Any
 
 from asyncload.errors import SourceChangedError, SourceNotFoundError, SourceReadError
-from asyncload.source._contract import check_read
+from asyncload.source._contract import HEAD, check_read
 from asyncload.threads import run_in_thread
 
 __all__ = ["NativeFileSource"]
-
-_HEAD: Final = 256 << 10  # bytes that are read along when it is opened: where a model's header begins
 
 
 class NativeFileSource:
@@ -33,7 +31,7 @@ class NativeFileSource:
         self.file: Any
         self.head: bytes
         with self._mapping_errors(opening=True):
-            self.file, self.head = opened(os.fsencode(path), _HEAD)
+            self.file, self.head = opened(os.fsencode(path), HEAD)
         self._identity: tuple[int, ...] = self.file.identity
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from asyncload.threads import run_in_thread
 from tests.layers.models import Content, make_model
 from tests.loader.conftest import engine, failing_file, small
 from tests.loader.conftest import nothing_left as nothing_left_of_loads
+from tests.system_threads import system_threads
 
 __all__ = ["engine", "failing_file", "nothing_left_of_loads", "small"]
 
@@ -30,11 +31,7 @@ def six_layers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Content]
 
 def _feeds_by_threads() -> bool:
     """Whether a C++ thread feeds layers."""
-    names: list[str] = []
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # it has ended meanwhile
-            names.append((task / "comm").read_text().rstrip())
-    return not {"asyncload-feed", "asyncload-slots", "asyncload-copy"}.isdisjoint(names)
+    return not {"asyncload-feed", "asyncload-slots", "asyncload-copy"}.isdisjoint(system_threads().values())
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from asyncload.testing import random_blocks, synthesize, write_gguf
 from asyncload.threads import run_in_thread
 from tests.loader.conftest import FailingFile
 from tests.native.jobs import job_table
+from tests.system_threads import system_threads
 
 pytestmark = pytest.mark.anyio
 PACKAGE = str(Path(asyncload.__file__).parent) + os.sep
@@ -69,17 +69,13 @@ async def test_a_load_says_that_its_file_was_in_the_page_cache(tmp_path: Path) -
 
 
 async def test_a_closed_loader_leaves_no_thread(model_path: Path, small: Options) -> None:
-    def threads() -> list[str]:
-        names: list[str] = []
-        for task in Path("/proc/self/task").iterdir():
-            with suppress(OSError):  # it has ended meanwhile
-                names.append((task / "comm").read_text().rstrip())
-        return names
+    def left() -> bool:
+        return any(name.startswith(("asyncload-work", "asyncload-host")) for name in system_threads().values())
 
     async with Loader("host", options=small) as loader:
         (await loader.load(model_path)).close()
     with anyio.fail_after(20):  # the system counts a thread a little longer than it runs
-        while any(name.startswith(("asyncload-work", "asyncload-host")) for name in await run_in_thread(threads)):
+        while await run_in_thread(left):
             await anyio.sleep(0.001)
 
 
@@ -239,7 +235,6 @@ async def test_the_native_engine_moves_tensors_while_others_have_no_memory_yet(
 
 
 @pytest.mark.native
-@pytest.mark.native
 async def test_a_header_of_hundreds_of_tensors_is_read_as_the_file_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +246,7 @@ async def test_a_header_of_hundreds_of_tensors_is_read_as_the_file_is_opened(
     assert len((await read_header(path)).tensors) > 700
 
 
+@pytest.mark.native
 class TestPythonRuns:
     @pytest.fixture
     def calls(self) -> Iterator[Counter[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,12 @@ import pytest
 
 from tests.native.conftest import BUILD
 from tests.native.jobs import CHUNK, ON_HOST, Tensors, open_engine, until, wait
+from tests.system_threads import system_threads
 
 if TYPE_CHECKING:
     from asyncload_native import Engine
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.cores]
 
 MEETINGS = 40
 
@@ -49,20 +50,12 @@ def one_core() -> OneCore:
 @pytest.fixture
 def cores() -> list[int]:
     """Two that this process may use."""
-    usable = sorted(os.sched_getaffinity(0))
-    if len(usable) < 2:
-        pytest.skip("one core only: there is none to move to")
-    return usable[:2]
+    return sorted(os.sched_getaffinity(0))[:2]
 
 
 def workers() -> set[int]:
     """The threads of the process's engines."""
-    found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # it has ended
-            if (task / "comm").read_text().startswith("asyncload-worke"):
-                found.add(int(task.name))
-    return found
+    return {thread for thread, name in system_threads().items() if name == "asyncload-worke"}
 
 
 @contextmanager
