@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
+from asyncload.layers import Layer
 from asyncload.loader import Loader
 from asyncload.options import EngineOption, Options
 from asyncload.testing import LayerConformance, LayerRig, SleepingKernel, Wait, cuda_rig, differences, write_layers
@@ -62,21 +63,29 @@ async def test_as_many_layers_as_slots_are_handed_out_while_work_is_under_way(
         cuda_rig(kernel, small) as rig,
         open_stream(rig.loader, path, dtype="bf16", slots=slots, host=host) as layers,
     ):
-        ride, consumer = layers.join(), await rig.consumer(sum(map(len, expected.values())))
+        ride, room = layers.join(), sum(map(len, expected.values()))
+        consumers = [await rig.consumer(room) for _ in range(slots)]
+        taken: list[Layer] = []
         with ExitStack() as asleep:
-            sleeping = asleep.enter_context(kernel.asleep(consumer.stream))
-            with anyio.fail_after(30):
-                for number in range(slots):
-                    layer = await anext(ride)
-                    assert layer.number == number
-                    consumer.use(layer)
+            # Each layer is used on a stream of its own, and nothing waits there for the sleeping kernel until the last
+            # layer has come: what waits may hold up the copies of any stream that has the same hardware queue.
+            with ExitStack() as blocks:
+                for consumer in consumers:
+                    with anyio.fail_after(30):
+                        taken.append(blocks.enter_context((await anext(ride)).on(consumer.stream)))
+                    asleep.enter_context(kernel.asleep(consumer.stream))
+                assert [layer.number for layer in taken] == list(range(slots))
+                for consumer, layer in zip(consumers, taken, strict=True):
+                    consumer.work(layer)
             with anyio.move_on_after(0.05) as scope:
                 await anext(ride)
             assert scope.cancelled_caught
-            sleeping.wake()
         async for layer in ride:
-            consumer.use(layer)
-        assert not differences(await run_in_thread(consumer.take), expected)
+            consumers[0].use(layer)
+        found: dict[str, bytes] = {}
+        for consumer in consumers:
+            found |= await run_in_thread(consumer.take)
+        assert not differences(found, expected)
 
 
 # An error of the device's work takes the whole process's context, so it needs one of its own.
