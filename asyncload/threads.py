@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, current_token
 
-__all__ = ["LoopHandle", "Threads", "lower_priority", "run_in_thread", "settle"]
+__all__ = ["LoopHandle", "Threads", "is_own_thread", "lower_priority", "run_in_thread", "settle"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -113,6 +113,11 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     finally:
         while thread.is_alive():  # the call has ended, so the thread is at its last instructions
             await cancel_shielded_checkpoint()
+
+
+def is_own_thread() -> bool:
+    """Whether the calling thread is one of asyncload's, by its name: nobody else's code runs on it."""
+    return threading.current_thread().name.startswith("asyncload-")
 
 
 def lower_priority(nice: int) -> None:

@@ -48,6 +48,7 @@ from asyncload.errors import (
 )
 from asyncload.gguf import GGMLType
 from asyncload.quant import DType, cuda
+from asyncload.threads import is_own_thread
 
 __all__ = ["CudaDevice", "CudaEvent", "CudaStaging", "CudaStream", "cuda_device_count"]
 
@@ -375,12 +376,19 @@ class CudaDevice:
         self._attached()
 
     def _attached(self) -> Any:
-        """The calling thread's ``cuda.core`` device, made current: these are one for each thread."""
+        """The calling thread's ``cuda.core`` device, made current: these are one for each thread.
+
+        What a thread of asyncload's calls does not end a capture of a CUDA graph by another thread from then on, and is
+        not refused because of one.
+        """
         device = getattr(self._thread, "device", None)
         if device is None or self.check("the current context", self.driver.cuCtxGetCurrent()) != self._context:
             with _mapping_errors(self._name, "the device could not be made current"):
                 device = self._core.Device(self._index)
                 device.set_current()
+                if is_own_thread():
+                    mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+                    self.check("capture mode", self.driver.cuThreadExchangeStreamCaptureMode(mode))
             self._thread.device = device
         return device
 

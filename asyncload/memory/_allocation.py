@@ -6,15 +6,23 @@ import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from asyncload.device import DeviceMemory
 from asyncload.memory._ledger import Entry, Purpose
 
-__all__ = ["Allocation", "Reclaim", "Registration"]
+__all__ = ["Allocation", "Dropped", "Reclaim", "Registration"]
 
-# What the reclaim thread is handed: memory to free, or an event to set once all that came before it is freed.
-Reclaim = queue.SimpleQueue[Entry | threading.Event]
+
+class Dropped(NamedTuple):
+    """Memory to free, once the device's work has ended; at once where it is ``unused``."""
+
+    entry: Entry
+    unused: bool = False
+
+
+# What the reclaim thread is handed: memory, or an event to set once all that came before it is freed.
+Reclaim = queue.SimpleQueue[Dropped | threading.Event]
 
 
 class _Line:
@@ -69,15 +77,19 @@ class Allocation(_Line):
         self._reclaim = reclaim
         self._owned = [entry] if entry.memory.nbytes else []  # popped by whoever lets go first
 
-    def close(self) -> None:
-        """Lets the memory go; further calls do nothing. Never blocks."""
+    def close(self, *, unused: bool = False) -> None:
+        """Lets the memory go; further calls do nothing. Never blocks.
+
+        ``unused`` says that all work on the memory is known to have ended: then nothing is waited for, and the driver
+        is not asked about others' streams, which would end a capture of a CUDA graph on one of them.
+        """
         # A finalizer runs wherever the garbage collector happens to, also inside a locked region of this thread.
         # ``SimpleQueue.put`` may be called there; a lock may not be taken.
         try:
             entry = self._owned.pop()
         except IndexError:
             return
-        self._reclaim.put(entry)
+        self._reclaim.put(Dropped(entry, unused))
 
     def __del__(self) -> None:
         self.close()

@@ -41,5 +41,6 @@ class Scratch:
         """Says that one user's work has ended; the last one's frees the buffers. Never waits for the device."""
         with self._lock:
             self._users -= 1
-            if not self._users:
+            if not self._users and self._memory is not None:
+                self._memory.close(unused=True)
                 self._memory = None

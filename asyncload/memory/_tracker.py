@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from asyncload.device import Device, DeviceMemory, Recipient, Residency
 from asyncload.errors import ClosedError, LedgerError, OutOfDeviceMemoryError, PlanError, ResidencyError
-from asyncload.memory._allocation import Allocation, Reclaim, Registration
+from asyncload.memory._allocation import Allocation, Dropped, Reclaim, Registration
 from asyncload.memory._ledger import Entry, Ledger, Purpose
 from asyncload.memory._reconcile import Baseline, Reconciliation
 from asyncload.memory._report import bytes_by_purpose, format_report
@@ -276,7 +276,10 @@ class VramTracker:
             items = [self._reclaim.get()]
             while not self._reclaim.empty():  # this thread alone takes from it
                 items.append(self._reclaim.get())
-            entries += [item for item in items if isinstance(item, Entry)]
+            dropped = [item for item in items if isinstance(item, Dropped)]
+            if unused := [each.entry for each in dropped if each.unused]:
+                self._free(unused)
+            entries += [each.entry for each in dropped if not each.unused]
             if entries and self._wait_for_device():
                 self._free(entries)
                 entries = []

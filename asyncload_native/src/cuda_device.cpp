@@ -138,10 +138,18 @@ class CudaDevice::Context {
     Context(const Context&) = delete;
     Context& operator=(const Context&) = delete;
 
+    // A thread of ours is apart from other threads' captures of CUDA graphs from then on: what it calls does not end
+    // them, and is not refused because of them.
     void attach() const {
-        CUcontext current = nullptr;
-        driver->cuCtxGetCurrent(&current);
-        if (current != context_) driver->cuCtxSetCurrent(context_);
+        CUcontext before = nullptr;
+        driver->cuCtxGetCurrent(&before);
+        if (before == context_) return;
+        driver->cuCtxSetCurrent(context_);
+        int mode = CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        if (const CUresult code = driver->cuThreadExchangeStreamCaptureMode.result(&mode); code != CUDA_SUCCESS) {
+            driver->cuCtxSetCurrent.result(before);
+            driver->cuThreadExchangeStreamCaptureMode.fail(code);
+        }
     }
 
     // Attached for a function, whatever thread it is.

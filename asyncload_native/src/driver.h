@@ -27,6 +27,7 @@ using CUevent = struct CUevent_st*;
 using CUfunction = struct CUfunc_st*;
 
 inline constexpr unsigned CU_STREAM_NON_BLOCKING = 1;
+inline constexpr int CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1;
 inline constexpr unsigned CU_EVENT_BLOCKING_SYNC = 1;
 inline constexpr unsigned CU_EVENT_DISABLE_TIMING = 2;
 inline constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1;
@@ -126,6 +127,7 @@ class Driver : public std::enable_shared_from_this<Driver> {
     const DriverFunction<CUdevice> cuDevicePrimaryCtxRelease{*this, "cuDevicePrimaryCtxRelease_v2"};
     const DriverFunction<CUcontext*> cuCtxGetCurrent{*this, "cuCtxGetCurrent"};
     const DriverFunction<CUcontext> cuCtxSetCurrent{*this, "cuCtxSetCurrent"};
+    const DriverFunction<int*> cuThreadExchangeStreamCaptureMode{*this, "cuThreadExchangeStreamCaptureMode"};
 
     const DriverFunction<CUdeviceptr*, std::size_t> cuMemAlloc{*this, "cuMemAlloc_v2"};
     const DriverFunction<CUdeviceptr> cuMemFree{*this, "cuMemFree_v2"};

@@ -19,6 +19,7 @@ from asyncload.loader import Loader
 from asyncload.options import EngineOption, Options
 from asyncload.testing import LayerConformance, LayerRig, SleepingKernel, Wait, cuda_rig, differences, write_layers
 from asyncload.threads import run_in_thread
+from tests.captures import capture
 from tests.layers.models import SMALL, layers_only, make_model, open_stream
 
 pytestmark = pytest.mark.gpu
@@ -86,6 +87,24 @@ async def test_as_many_layers_as_slots_are_handed_out_while_work_is_under_way(
         for consumer in consumers:
             found |= await run_in_thread(consumer.take)
         assert not differences(found, expected)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["slabs", "file"])
+async def test_a_sweep_and_a_capture_of_a_graph_do_not_end_each_other(
+    tmp_path: Path, kernel: SleepingKernel, small: Options, host: str
+) -> None:
+    path, content = await make_model(tmp_path / "model.gguf", 5, uneven=True, dtype="bf16")
+    expected = layers_only(content)
+    async with (
+        cuda_rig(kernel, small) as rig,
+        open_stream(rig.loader, path, dtype="bf16", slots=2, host=host) as layers,
+    ):
+        consumer = await rig.consumer(sum(map(len, expected.values())))
+        with capture():
+            async for layer in layers:
+                consumer.use(layer)
+        assert not differences(await run_in_thread(consumer.take), expected)
 
 
 # An error of the device's work takes the whole process's context, so it needs one of its own.

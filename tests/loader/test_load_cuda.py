@@ -23,6 +23,7 @@ from asyncload.model import Tensor
 from asyncload.options import DecodeOption, Options
 from asyncload.testing import synthesize
 from asyncload.threads import run_in_thread
+from tests.captures import capture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.anyio]
 # What the driver keeps or gives back of its own accord, for streams' first kernels; a scratch that leaked in each of a
@@ -54,6 +55,19 @@ async def test_the_device_gets_what_the_host_gets(
         for name, tensor in expected.items():
             assert found[name] == tensor.numpy().tobytes(), name
             assert (model[name].shape, model[name].dtype) == (tensor.shape, tensor.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["packed", "bfloat16"])
+async def test_a_load_and_a_capture_of_a_graph_do_not_end_each_other(
+    model_path: Path, dtype: str, small: Options
+) -> None:
+    expected = await load(model_path, device="host", dtype=dtype)
+    async with Loader("cuda:0", options=replace(small, decode="device")) as loader:
+        with capture():
+            model = await loader.load(model_path, dtype=dtype)
+            await run_in_thread(loader.tracker.flush)  # what it decoded in is freed, too
+        found = await run_in_thread(on_host, loader.device, model)
+        assert found == {name: tensor.numpy().tobytes() for name, tensor in expected.items()}
 
 
 @pytest.mark.torch

@@ -13,6 +13,7 @@ import pytest
 from asyncload.device import DeviceMemory, HostDevice
 from asyncload.errors import ClosedError, LedgerError, OutOfDeviceMemoryError, PlanError, ResidencyError
 from asyncload.memory import Allocation, Purpose, VramTracker
+from asyncload.memory._allocation import Dropped
 from asyncload.memory._ledger import Entry, Ledger
 
 TIMEOUT = 60.0
@@ -248,7 +249,7 @@ def test_memory_that_the_ledger_does_not_know_is_not_freed(tracker: VramTracker,
     """Somebody hands the reclaim thread a line of another ledger; it goes on, and flush tells."""
     kept, dropped = (tracker.allocate(KIB, Purpose.WEIGHTS, "a tensor") for _ in range(2))
     other = VramTracker(device).allocate(KIB, Purpose.WEIGHTS, "of another ledger")
-    tracker._reclaim.put(other._entry)
+    tracker._reclaim.put(Dropped(other._entry))
     dropped.close()
     with pytest.raises(LedgerError, match=r"'of another ledger' .* is not in the ledger"):
         tracker.flush()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from asyncload.device import HostDevice
-from asyncload.errors import OutOfDeviceMemoryError
+from asyncload.device._host_stream import PassedAll
+from asyncload.errors import DeviceError, OutOfDeviceMemoryError
 from asyncload.memory import Purpose, Scratch, VramTracker
 
 
@@ -25,6 +26,21 @@ def test_buffers_are_shared_by_all_and_freed_by_the_last() -> None:
     assert tracker.total == 0
     assert len(scratch.acquire()) == 3
     scratch.release()
+    tracker.close()
+
+
+class NoBarrier(HostDevice):
+    def barrier(self) -> PassedAll:
+        raise DeviceError("a barrier", device="host", code="BROKEN")
+
+
+def test_freeing_does_not_wait_for_others_work() -> None:
+    tracker = VramTracker(NoBarrier())
+    scratch = Scratch(tracker, 4096, 3)
+    scratch.acquire()
+    scratch.release()
+    tracker.flush()
+    assert tracker.total == 0
     tracker.close()
 
 

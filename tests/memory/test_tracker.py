@@ -119,6 +119,21 @@ def test_an_allocation_says_what_it_is(tracker: VramTracker, device: TroubledDev
     assert device.used == 3 * KIB
 
 
+def test_what_is_unused_is_freed_without_asking_the_device(tracker: VramTracker, device: TroubledDevice) -> None:
+    allocation, other = allocate(tracker), allocate(tracker)
+    memory = allocation.memory
+    device.broken = DeviceError("no barrier", device="host", code="BROKEN")
+    other.close()
+    allocation.close(unused=True)
+    with pytest.raises(DeviceError, match="no barrier"):
+        tracker.flush()
+    assert device.freed == [memory]
+    assert tracker.total == KIB
+    device.broken = None
+    tracker.flush()
+    assert tracker.total == 0
+
+
 def test_the_ledger_adds_up(tracker: VramTracker, device: TroubledDevice) -> None:
     assert (tracker.total, tracker.by_purpose()) == (0, {})
     held = [

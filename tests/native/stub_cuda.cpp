@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -41,7 +42,7 @@ using Clock = std::chrono::steady_clock;
 constexpr std::size_t ALIGNMENT = 256;  // of device memory
 constexpr CUresult SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101,
                    INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_READY = 600, ALREADY_REGISTERED = 712,
-                   NOT_REGISTERED = 713, LAUNCH_FAILED = 719;
+                   NOT_REGISTERED = 713, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900;
 
 const std::map<CUresult, std::pair<const char*, const char*>> RESULTS = {
     {SUCCESS, {"CUDA_SUCCESS", "no error"}},
@@ -55,6 +56,7 @@ const std::map<CUresult, std::pair<const char*, const char*>> RESULTS = {
     {ALREADY_REGISTERED, {"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the memory is registered"}},
     {NOT_REGISTERED, {"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "the pointer is of no registered memory"}},
     {LAUNCH_FAILED, {"CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"}},
+    {CAPTURE_UNSUPPORTED, {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not permitted when a stream is capturing"}},
 };
 
 struct Range {
@@ -134,6 +136,7 @@ struct State {
     std::vector<std::unique_ptr<Kernel>> kernels;
     bool held = false;
     bool stalled = false;
+    std::optional<std::thread::id> capturing;  // the thread that captures a graph
     std::chrono::nanoseconds delay{0};
     std::map<std::string, Fault> faults;
     std::map<std::string, std::size_t> calls;
@@ -144,6 +147,7 @@ struct State {
 State& state = *new State;
 thread_local CUcontext current = nullptr;
 thread_local std::size_t calls_here = 0;  // that this thread has made
+thread_local int capture_mode = 0;        // of this thread; it is CU_STREAM_CAPTURE_MODE_GLOBAL at first
 const CUcontext the_context = reinterpret_cast<CUcontext>(&state);
 
 using Lock = std::unique_lock<std::mutex>;
@@ -168,6 +172,10 @@ CUresult count(const std::string& function) {
 CUresult enter_to_free(const char* function) {
     if (const CUresult code = count(function)) return code;
     if (!state.started) return NOT_INITIALIZED;
+    if (state.capturing && *state.capturing != std::this_thread::get_id() && capture_mode == 0) {
+        state.violations.push_back(std::string(function) + " would have ended another thread's capture");
+        return CAPTURE_UNSUPPORTED;
+    }
     return current == nullptr ? INVALID_CONTEXT : SUCCESS;
 }
 
@@ -338,6 +346,13 @@ CUresult cuCtxSetCurrent(CUcontext context) {
     if (const CUresult code = count(__func__)) return code;
     if (context != nullptr && context != the_context) return INVALID_CONTEXT;
     current = context;
+    return SUCCESS;
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+    const Lock lock(state.lock);
+    if (const CUresult code = count(__func__)) return code;
+    std::swap(*mode, capture_mode);
     return SUCCESS;
 }
 
@@ -566,6 +581,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned, unsigned
 void stub_reset(std::size_t capacity) {
     Lock lock(state.lock);
     state.held = state.stalled = false;
+    state.capturing.reset();
     state.delay = {};
     for (const auto& [_, stream] : state.streams) stream->closed = true;
     state.streams.clear();
@@ -623,6 +639,16 @@ void stub_stall(bool stalled) {
     const Lock lock(state.lock);
     state.stalled = stalled;
     state.changed.notify_all();
+}
+
+// While the calling thread captures a graph, in the global mode, calls of threads that have not left that mode are
+// refused: all that a thread of ours may make but those that say who it is.
+void stub_capture(bool begins) {
+    const Lock lock(state.lock);
+    if (begins)
+        state.capturing = std::this_thread::get_id();
+    else
+        state.capturing.reset();
 }
 
 // Returns when all has ended that is enqueued by now, on whatever stream.

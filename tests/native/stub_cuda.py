@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["StubCuda"]
@@ -70,6 +72,18 @@ class StubCuda:
     def stall(self, stalled: bool) -> None:
         """While stalled, no call of cuEventRecord returns."""
         self._library.stub_stall(ctypes.c_bool(stalled))
+
+    @contextmanager
+    def capturing(self) -> Generator[None]:
+        """Meanwhile the calling thread captures a graph in the global mode.
+
+        A call of a thread that has not left that mode is refused, and a violation.
+        """
+        self._library.stub_capture(ctypes.c_bool(True))
+        try:
+            yield
+        finally:
+            self._library.stub_capture(ctypes.c_bool(False))
 
     @property
     def combines(self) -> bool:

@@ -182,6 +182,28 @@ def test_copies_wait_on_the_device_for_what_is_before_them(loads: Loads, engine:
     loads.cuda.call("cuStreamDestroy_v2", stream)
 
 
+def test_a_load_and_a_capture_do_not_end_each_other(loads: Loads, engine: Engine) -> None:
+    with loads.cuda.capturing():
+        job, targets = loads.begin(engine)
+        assert ended(job)
+    assert job.poll().failure is None
+    assert loads.arrived(targets)
+
+
+def test_nor_do_memory_and_a_capture(loads: Loads) -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        addresses = loads.device.allocate([1000, 2000])
+        found.append(loads.device.free(addresses))
+
+    thread = threading.Thread(target=work)
+    with loads.cuda.capturing():
+        thread.start()
+        thread.join()
+    assert found == [[0, 0]]
+
+
 @pytest.mark.parametrize(
     ("function", "nth"), [("cuStreamCreate", 1), ("cuStreamCreate", 2), ("cuEventCreate", 1), ("cuEventCreate", 4)]
 )
@@ -203,6 +225,7 @@ DRIVER_CALLS = (
     "cuDevicePrimaryCtxRetain",
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
+    "cuThreadExchangeStreamCaptureMode",
     "cuStreamCreate",
     "cuStreamWaitEvent",
     "cuStreamSynchronize",
@@ -222,7 +245,12 @@ NOT_ALWAYS = {  # where nothing is decoded, or nothing waited for
     "plain": {"cuStreamWaitEvent", "cuMemcpyHtoDAsync_v2", "cuLaunchKernel"},
     "decoded": {"cuStreamWaitEvent", "cuMemcpyHtoDAsync_v2"},
 }
-CLOSING = {"cuCtxGetCurrent", "cuCtxSetCurrent", "cuStreamSynchronize"}  # also where it is
+CLOSING = {
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuStreamSynchronize",
+}  # also where it is
 
 
 def count_live(cuda: StubCuda) -> int:

@@ -70,6 +70,21 @@ async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cu
         assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["slabs", "file"])
+async def test_a_sweep_and_a_capture_do_not_end_each_other(tmp_path: Path, stub_cuda: StubCuda, host: str) -> None:
+    path = tmp_path / "model.gguf"
+    await run_in_thread(partial(write_layers, path, 12))
+    async with stub_rig(stub_cuda, OPTIONS) as rig, open_stream(rig.loader, path, host=host) as layers:
+        stream = stub_cuda.make("cuStreamCreate", 0)
+        with stub_cuda.capturing():
+            async for layer in layers:
+                with layer.on(stream):
+                    assert len(layer) > 0
+        await run_in_thread(rig.loader.tracker.flush)
+        assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
+
+
 def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(
     stub_cuda: StubCuda, device: StubDevice, turns: Turns
 ) -> None:
