@@ -77,8 +77,8 @@ class SlabFeed:
             finally:
                 slot.busy = [stream.record(timing=True) for stream in self._streams]
         arrived = slot.busy
-        copies = [[around] for around in zip(begun, arrived, strict=True)]
-        return Fed(arrived, copies, partial(self._settle, arrived))
+        around = [*zip(begun, arrived, strict=True)]
+        return Fed(arrived, lambda: [[each] for each in around], partial(self._settle, arrived))
 
     def _copy(self, layer: LayerPlan, slot: DeviceMemory) -> None:
         slab = self._slabs[layer.number]

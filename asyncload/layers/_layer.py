@@ -8,6 +8,7 @@ from typing import Final, Self
 
 from asyncload.device import Device, Event
 from asyncload.errors import ClosedError, OptionsError, TensorNotFoundError
+from asyncload.interpreter_lock import waiting
 from asyncload.layers._scheduler import Scheduler
 from asyncload.layers._sweep import Ride, Use, Work
 from asyncload.model import Tensor
@@ -63,22 +64,23 @@ class Layer(Mapping[str, Tensor]):
         adopted = None if stream is None else self._device.adopt(stream)
         self._work = None  # it holds its sweep, and that those after it: who keeps the layer keeps none
         self._scheduler.enter(self._ride, work, adopted)
-        try:
-            if adopted is None:
-                work.untimed = True
-            else:
-                work.begin(self._ride, *adopted.begin(work.fed.arrived if isinstance(work, Use) else ()))
-            self._tensors = self._make_tensors()
-            yield self
-        finally:
-            tensors, self._tensors = self._tensors or {}, None
-            for tensor in tensors.values():
-                tensor.close()
-            ended: Event | None = None
+        with waiting():  # for the lock, with each call of the driver that gives it up, while the slot is kept
             try:
-                ended = None if adopted is None else adopted.end()
+                if adopted is None:
+                    work.untimed = True
+                else:
+                    work.begin(self._ride, *adopted.begin(work.fed.arrived if isinstance(work, Use) else ()))
+                self._tensors = self._make_tensors()
+                yield self
             finally:
-                self._scheduler.finish(self._ride, work, ended)
+                tensors, self._tensors = self._tensors or {}, None
+                for tensor in tensors.values():
+                    tensor.close()
+                ended: Event | None = None
+                try:
+                    ended = None if adopted is None else adopted.end()
+                finally:
+                    self._scheduler.finish(self._ride, work, ended)
 
     def skip(self) -> None:
         """Gives the layer back unused; its ride's next step does that too."""

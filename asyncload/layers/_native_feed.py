@@ -194,7 +194,8 @@ class NativeSlabFeed:
             slot.busy = [*slot.busy, *arrived]
             raise feeding.error
         slot.busy = arrived
-        return Fed(arrived, [[around] for around in feeding.around], feeding.arrival)
+        around = feeding.around
+        return Fed(arrived, lambda: [[each] for each in around], feeding.arrival)
 
     def take_spans(self) -> Iterator[ThreadSpan]:
         """What the C++ threads did since they were last asked, if that is noted."""

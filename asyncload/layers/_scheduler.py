@@ -225,7 +225,7 @@ class Scheduler:
             ride.awaited = use
             self._watch_kept()
         await use.fetched.wait()
-        if use.sweep.error is None and arrived:
+        if arrived and use.sweep.error is None and not use.arrived.is_set():
             await use.arrived.wait()
 
     async def _await_arrivals(self, sweep: Sweep) -> None:

@@ -156,7 +156,7 @@ def record_pass(sweep: Sweep | None, order: Iterable[int]) -> list[LayerRecord]:
                 number=number,
                 slot=None if use is None or use.slot is None else use.slot.index,
                 nbytes=0 if use is None else use.layer.upload_nbytes,
-                copies=() if use is None else use.fed.copies,
+                copies=() if use is None else use.fed.copies(),
                 ready=work.ready,
                 began=next(iter(work.began.values())),
                 ended=tuple(work.ended.values()),

@@ -22,13 +22,14 @@ async def _has_arrived() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """What was enqueued for a layer: events behind all of it, and, by copy stream, those around each of its copies.
+    """What was enqueued for a layer: events behind all of it.
 
-    ``arrival`` waits until these have passed, and raises ``DeviceError`` if a copy failed.
+    ``copies`` gives, by copy stream, the events around each of its copies: there may be many, for whoever wants to know.
+    ``arrival`` waits until all have passed, and raises ``DeviceError`` if a copy failed.
     """
 
     arrived: Sequence[Event] = ()
-    copies: Sequence[Sequence[tuple[Event, Event]]] = ()
+    copies: Callable[[], Sequence[Sequence[tuple[Event, Event]]]] = tuple
     arrival: Callable[[], Awaitable[None]] = _has_arrived
 
 

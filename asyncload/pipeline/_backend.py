@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol
 
 from asyncload.device import DeviceMemory, Event, Recipient
@@ -73,8 +73,8 @@ class Transfer(Protocol):
         ...
 
     @property
-    def copies(self) -> Sequence[Sequence[tuple[Event, Event]]]:
-        """By stream, the events before and behind each chunk's copies and kernels, if it is timed and has run."""
+    def copies(self) -> Callable[[], Sequence[Sequence[tuple[Event, Event]]]]:
+        """Gives, by stream, the events before and behind each chunk's copies and kernels, if it is timed and has run."""
         ...
 
     async def run(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -159,10 +159,10 @@ class NativeTransfer:
         return load_stats(wall, workers, seconds, nbytes, self._landed, times.retries, reading)
 
     @property
-    def copies(self) -> list[list[tuple[Event, Event]]]:
-        """By stream, the events before and behind each chunk's copies and kernels, if it is timed."""
-        take = self._backend.device.from_native
-        return [[(take(begun), take(arrived)) for begun, arrived in copies] for copies in self._job.copies()]
+    def copies(self) -> Callable[[], Sequence[Sequence[tuple[Event, Event]]]]:
+        """Makes nothing of the engine's events before it is called."""
+        job, take = self._job, self._backend.device.from_native
+        return lambda: [[(take(begun), take(arrived)) for begun, arrived in copies] for copies in job.copies()]
 
     def _spans(self) -> Iterator[ThreadSpan]:
         """What the engine's threads did, under the names that the other backend's threads give to it."""

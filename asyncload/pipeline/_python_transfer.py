@@ -73,7 +73,7 @@ class PythonTransfer:
         self._sources = [(source, source if isinstance(source, BlockingSource) else None) for source in sources]
         kinds = sorted({type(source).__name__ for source in sources})
         self._stats = Stats(backend.options, f"by Python, from {', '.join(kinds)}")
-        self.copies: list[list[tuple[Event, Event]]] = [[] for _ in backend.streams]
+        self._copies: list[list[tuple[Event, Event]]] = [[] for _ in backend.streams]
         self._timed = timed
         self._chunks: Iterator[Chunk] = plan.chunks(skip)
         self._group = -1
@@ -86,6 +86,11 @@ class PythonTransfer:
         self._arrivals: deque[_Arrival] = deque()
         self._on_device = 0
         self._error: BaseException | None = None
+
+    @property
+    def copies(self) -> Callable[[], Sequence[Sequence[tuple[Event, Event]]]]:
+        """Has them already."""
+        return partial(list, self._copies)
 
     def stats(self) -> LoadStats:
         """Where its time went, until now."""
@@ -257,7 +262,7 @@ class PythonTransfer:
     ) -> None:
         """An event has passed; on the stream's thread."""
         if filled.begun is not None and event is not None:
-            self.copies[stream.index].append((filled.begun, event))
+            self._copies[stream.index].append((filled.begun, event))
         self._stats.uploaded(begin, time.perf_counter(), filled.chunk.upload_nbytes, filled.chunk.target_nbytes)
         try:
             filled.buffer.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -170,6 +170,21 @@ async def test_who_takes_from_a_stream_waits(interval: float, clock: Clock, path
         gate.opened.set()
     assert meanwhile == {interval}
     assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.anyio
+async def test_who_uses_a_layer_waits(interval: float, clock: Clock, path: Path) -> None:
+    """For the lock, if for nothing else: what he calls to begin his work gives it up."""
+    somebody_keeps_the_lock(clock)
+    inside, outside = set[float](), set[float]()
+    async with Loader("host") as loader, loader.stream(path, allow=STREAM, host="slabs") as layers:
+        async for layer in layers:
+            outside.add(sys.getswitchinterval())
+            with suppress(ZeroDivisionError), layer.on():
+                inside.add(sys.getswitchinterval())
+                _ = 1 // layer.number  # however it ends
+            outside.add(sys.getswitchinterval())
+    assert (inside, outside) == ({0.0005}, {interval})
 
 
 @pytest.mark.native

@@ -207,6 +207,7 @@ import os, signal, sys, threading
 from asyncload import blocking
 from asyncload.device import HostDevice
 from asyncload.options import Options
+from asyncload.pipeline import _native
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
 device = HostDevice()
 options = Options(engine=sys.argv[4], chunk_size=64 << 10, staging=256 << 10, threads=2)
@@ -216,7 +217,7 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 class Watched(HostDevice):
-    # Its copies are slow once the model is streamed, and one of them interrupts, or what C++ tells of one.
+    # Its copies are slow once the model is streamed, and one of them interrupts, or what C++ tells of them.
     def step(self):
         global steps
         if self.bandwidth:
@@ -241,6 +242,13 @@ def left():
     return [t.name for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
 
 device = Watched()
+overdue = _native.overdue
+
+def heard(seconds):
+    device.step()
+    overdue(seconds)
+
+_native.overdue = heard
 try:
     with blocking.Loader(device, options=options) as loader:
         with loader.stream(
