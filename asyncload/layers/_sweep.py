@@ -24,7 +24,7 @@ async def _has_arrived() -> None:
 class Fed:
     """What was enqueued for a layer: events behind all of it.
 
-    ``copies`` gives, by copy stream, the events around each of its copies: there may be many, for whoever wants to know.
+    ``copies`` gives, by copy stream, the events around each of its copies, of which there may be many.
     ``arrival`` waits until all have passed, and raises ``DeviceError`` if a copy failed.
     """
 

@@ -74,7 +74,7 @@ class Transfer(Protocol):
 
     @property
     def copies(self) -> Callable[[], Sequence[Sequence[tuple[Event, Event]]]]:
-        """Gives, by stream, the events before and behind each chunk's copies and kernels, if it is timed and has run."""
+        """Gives, by stream, the events before and behind each chunk's copies and kernels, if it is timed; once run."""
         ...
 
     async def run(self) -> None:

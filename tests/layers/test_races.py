@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from asyncload import blocking
+from asyncload.device import HostDevice
 from asyncload.gguf import GGMLType
 from asyncload.loader import Loader
 from asyncload.options import EngineOption
 from asyncload.testing import LayerConformance, LayerRig, Wait, differences, host_rig, write_layers
 from asyncload.threads import run_in_thread
-from tests.layers.models import SMALL
+from tests.layers.models import SMALL, open_stream
 
 
 class TestHostLayers(LayerConformance):
@@ -61,6 +62,29 @@ async def test_a_layer_wakes_the_event_loop_once(tmp_path: Path) -> None:
                 await run_in_thread(consumer.take)
     ahead = 3  # of the next pass
     assert passes * layers / 4 < wakes <= passes * (layers + 1) + ahead  # one more at the end of each pass
+
+
+@pytest.mark.native
+@pytest.mark.anyio
+async def test_no_python_runs_for_a_chunk_of_a_layer_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = tmp_path / "model.gguf", list[object]()
+    await run_in_thread(partial(write_layers, path, 4, rows=512))
+    monkeypatch.setattr(HostDevice, "from_native", lambda _, event: made.append(event))
+    async with (
+        Loader("host", options=replace(SMALL, engine="native")) as loader,
+        open_stream(loader, path, dtype="packed", host="file") as stream,
+    ):
+        async for layer in stream:
+            with layer.on():
+                assert len(layer) > 0
+        assert made == []
+        last = stream._active().scheduler.last
+        assert last is not None
+        chunks = sum(len(copies) for use in last.uses for copies in use.fed.copies())
+    assert chunks > 4 * len(last.uses)
+    assert len(made) == 2 * chunks  # now that they were asked for
 
 
 def test_differences_are_told_by_tensor() -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -148,10 +149,12 @@ class TestFailures:
 
     @pytest.mark.native
     @pytest.mark.parametrize("decode", ["host", "device"])
+    @pytest.mark.parametrize("result", [0, 2, -1])
     async def test_of_a_kernel_in_cpp_name_a_tensor(
-        self, model_path: Path, nothing_left: Any, monkeypatch: pytest.MonkeyPatch, decode: DecodeOption
+        self, model_path: Path, nothing_left: Any, monkeypatch: pytest.MonkeyPatch, decode: DecodeOption, result: int
     ) -> None:
-        kernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)(lambda *_: 0)
+        """Anything but 1 is an error."""
+        kernel = ctypes.CFUNCTYPE(ctypes.c_int32, *3 * [ctypes.c_ssize_t])(lambda *_: result)
         address = ctypes.cast(kernel, ctypes.c_void_p).value
         options = Options(engine="native", chunk_size=64 << 10, threads=2, decode=decode)
         async with Loader("host", options=options) as loader:
@@ -165,6 +168,27 @@ class TestFailures:
                 assert caught.value.partial is not None
                 caught.value.partial.close()
                 await run_in_thread(loader.tracker.flush)
+
+    @pytest.mark.native
+    async def test_of_a_compiled_kernel_that_raises_are_errors(
+        self, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Numba tells of what its C function raises, and returns 0."""
+        numba: Any = import_module("numba")
+        raised: list[type[BaseException] | None] = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: raised.append(unraisable.exc_type))
+
+        def divide(source: int, target: int, n_blocks: int) -> int:
+            return source // (target - target + n_blocks - n_blocks)
+
+        kernel = numba.cfunc("int32(intp, intp, intp)")(divide)
+
+        options = Options(engine="native", decode="host", threads=2)
+        async with Loader("host", options=options) as loader:
+            monkeypatch.setattr("asyncload.pipeline._native.kernel_address", _returning(kernel.address))
+            with pytest.raises(DeviceError, match="decoding kernel failed"):
+                await loader.load(model_path, dtype="bf16")
+        assert set(raised) == {ZeroDivisionError}
 
     async def test_of_an_allocation_while_the_first_tensors_move(
         self, model_path: Path, nothing_left: Any, small: Options

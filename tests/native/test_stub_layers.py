@@ -10,19 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
-from asyncload.errors import DeviceError
+from asyncload.errors import CopyError, DeviceError
 from asyncload.loader import Loader
-from asyncload.testing import LayerConformance, LayerRig, Wait, write_layers
+from asyncload.testing import LayerConformance, LayerRig, Wait, differences, write_layers
 from asyncload.threads import run_in_thread
-from tests.layers.models import SMALL, open_stream
+from tests.layers.models import SMALL, layers_only, make_model, open_stream
 from tests.native.conftest import Turns
 from tests.native.stub_cuda import StubCuda
 from tests.native.stub_device import StubDevice, stub_rig
 
 pytestmark = pytest.mark.native
 
+PATIENCE = 20.0  # seconds; it matters only where something hangs
+LAUNCH_FAILED = 719
 OPTIONS = replace(SMALL, decode="device", engine="native")
 
 
@@ -68,6 +71,32 @@ async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cu
         assert stub_cuda.calls("cuStreamWaitEvent") > 0
         await run_in_thread(rig.loader.tracker.flush)
         assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("nth", [1, 2, 9])
+@pytest.mark.parametrize(
+    "function", ["cuMemcpyHtoDAsync_v2", "cuLaunchKernel", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"]
+)
+async def test_what_the_driver_refuses_of_a_sweep_is_said_and_the_next_one_is_whole(
+    tmp_path: Path, stub_cuda: StubCuda, *, function: str, nth: int, lasting: bool
+) -> None:
+    path, content = await make_model(tmp_path / "model.gguf", 12, uneven=True)
+    async with stub_rig(stub_cuda, OPTIONS) as rig, open_stream(rig.loader, path, host="slabs") as layers:
+        consumer, ride = await rig.consumer(sum(map(len, content.values()))), layers.join()
+        stub_cuda.fail(function, LAUNCH_FAILED, nth=nth, lasting=lasting)
+        with anyio.fail_after(PATIENCE):
+            for _ in range(3 if lasting else 1):
+                with pytest.raises(CopyError, match=function) as caught:
+                    async for _ in ride:
+                        pass
+                assert caught.value.code == "CUDA_ERROR_LAUNCH_FAILED"
+                assert caught.value.layer is not None
+            stub_cuda.fail(function, 0, nth=1 << 30)
+            async for layer in ride:
+                consumer.use(layer)
+        assert not differences(await run_in_thread(consumer.take), layers_only(content))
 
 
 @pytest.mark.anyio
