@@ -75,7 +75,7 @@ async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cu
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.parametrize("nth", [1, 2, 9])
+@pytest.mark.parametrize("nth", [1, 3, 8])  # of its four events a layer has the last two behind its copies
 @pytest.mark.parametrize(
     "function", ["cuMemcpyHtoDAsync_v2", "cuLaunchKernel", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"]
 )
