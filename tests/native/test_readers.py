@@ -7,6 +7,8 @@ import errno
 import gc
 import mmap
 import os
+import random
+import re
 import resource
 import signal
 import subprocess
@@ -23,7 +25,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asyncload.gguf import GGMLType
+from asyncload.options import Options
 from asyncload.source._file import _PASSING
+from asyncload.testing import write_gguf
 
 if TYPE_CHECKING:
     from asyncload_native import File, Race, ReaderChoice, Strategy
@@ -554,6 +559,19 @@ class TestTheChoice:
         choice = ReaderChoice([file])
         run_threads(lambda first: read_through(choice, file, first=first, step=4), 4)
         assert not choice.reason.startswith("undecided")
+
+    @pytest.mark.direct
+    @pytest.mark.uring
+    def test_a_load_from_the_disk_is_whole_by_whomever_it_is_read(self, tmp_path: Path) -> None:
+        from asyncload import blocking
+
+        content = random.Random(0).randbytes(LARGE)
+        path = write_gguf(tmp_path / "model.gguf", {"tensor": (GGMLType.I8, (LARGE,), content)})
+        need_on_disk_only(path)
+        model = blocking.load(path, device="host", options=Options(engine="native", threads=4))
+        assert model["tensor"].numpy().tobytes() == content
+        for name in ("pread", "direct", "uring", "uring-direct"):
+            assert re.search(rf"[ ,]{name} [0-9.]+ GB/s", model.stats.reading)
 
     @pytest.mark.uring
     def test_a_strategy_that_fails_on_the_way_is_given_up_and_pread_reads(self, large: Path) -> None:
