@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -32,6 +33,8 @@ from asyncload.quant import DType, kernel_address
 from asyncload.source import NativeFileSource, Source
 
 __all__ = ["NativeBackend", "NativeDevice"]
+
+_log: Final = logging.getLogger("asyncload.load")
 
 _PLACES: Final = {Decode.NONE: 0, Decode.HOST: 1, Decode.DEVICE: 2}
 _SPANS: Final = {"read": "read", "decode": "decode", "enqueue": "enqueue", "await_copies": "wait for"}
@@ -329,6 +332,7 @@ class NativeTransfer:
             if self._job is not None:
                 if self._timed and self._backend.spans.watched:
                     self._backend.spans.add(self._spans())
+                _log.debug("%s: %s", self._sources[0].url, self._job.reading)
                 self._job.close()
             if self._scratch:
                 self._scratch = ()

@@ -18,7 +18,7 @@ from asyncload.loader import Loader
 from asyncload.options import EngineOption
 from asyncload.testing import LayerConformance, LayerRig, Wait, differences, host_rig, write_layers
 from asyncload.threads import run_in_thread
-from tests.layers.models import SMALL, open_stream
+from tests.layers.models import SMALL, open_stream, sweep
 
 
 class TestHostLayers(LayerConformance):
@@ -85,6 +85,20 @@ async def test_no_python_runs_for_a_chunk_of_a_layer_from_the_file(
         chunks = sum(len(copies) for use in last.uses for copies in use.fed.copies())
     assert chunks > 4 * len(last.uses)
     assert len(made) == 2 * chunks  # now that they were asked for
+
+
+@pytest.mark.native
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["slabs", "file"])
+async def test_the_log_says_how_layers_were_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str) -> None:
+    path = tmp_path / "model.gguf"
+    await run_in_thread(partial(write_layers, path, 4))
+    async with Loader("host", options=replace(SMALL, engine="native")) as loader:
+        with caplog.at_level("DEBUG", "asyncload.load"):
+            async with open_stream(loader, path, host=host) as layers:
+                await sweep(layers)
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count(f"{path}: pread: too small to measure") >= (5 if host == "file" else 2)  # and what stays
 
 
 def test_differences_are_told_by_tensor() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 
 from asyncload.errors import CopyError, DeviceError
@@ -124,6 +127,30 @@ def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(
         native.begin_work(stream, [began], patience=60.0)
         native.end_work(stream, patience=60.0)
     assert turns.count == before
+
+
+@pytest.mark.usefixtures("without_turns")
+def test_layers_come_while_somebody_keeps_the_interpreter_lock(stub_cuda: StubCuda, device: StubDevice) -> None:
+    module: Any = import_module("asyncload_native")
+    layers = [np.full(4096, 1 + number, np.uint8) for number in range(6)]
+    slots = [stub_cuda.make("cuMemAlloc_v2", 4096) for _ in range(2)]
+    feed = module.LayerFeed(
+        device.native(),
+        [np.array([[layer.ctypes.data, layer.nbytes, 0, 0, 0, 0]], np.uint64) for layer in layers],
+        streams=1,
+        scratch=[],
+        each_arrival=False,
+        trace=False,
+        nice=0,
+    )
+    stub_cuda.hold(True)
+    for number in range(len(layers)):
+        feed.feed(number, slots[number % 2], [])
+    assert stub_cuda.await_work_with_the_lock(len(layers))
+    feed.close()
+    for slot, layer in zip(slots, layers[-2:], strict=True):
+        assert ctypes.string_at(slot, layer.nbytes) == layer.tobytes()
+        assert stub_cuda.call("cuMemFree_v2", slot) == 0
 
 
 @pytest.mark.usefixtures("without_turns")
