@@ -86,7 +86,7 @@ class NativeSlabFeed:
         self._engine, self._backend, self._slabs, self._layers, self._settle = engine, backend, slabs, layers, settle
         self._device = backend.device
         self._indices = {layer.number: index for index, layer in enumerate(layers)}
-        self._turn = anyio.Lock()
+        self._turn = anyio.Lock(fast_acquire=True)
         self._feedings: dict[int, _Feeding] = {}
         self._packed: Sequence[DeviceMemory] = ()  # by stream; only where the device decodes
         decodes = any(tensor.decode is Decode.DEVICE for layer in layers for tensor, _ in layer.placed)

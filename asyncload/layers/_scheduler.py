@@ -107,7 +107,8 @@ class Scheduler:
         assert use.slot is not None
         try:
             use.fed = await self._feed(use.layer, use.slot)
-            if before is not None:  # its copies have ended: if one failed, nobody is given more than the slots had
+            # Its copies have ended, if not just now: if one failed, nobody is given more than the slots had.
+            if before is not None and not before.arrived.is_set():
                 await before.arrived.wait()
         except Exception as error:  # noqa: BLE001 - the rides raise it
             self._fail(use, error)
