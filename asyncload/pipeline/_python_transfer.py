@@ -90,7 +90,7 @@ class PythonTransfer:
     @property
     def copies(self) -> Callable[[], Sequence[Sequence[tuple[Event, Event]]]]:
         """Has them already."""
-        return partial(list, self._copies)
+        return lambda: self._copies
 
     def stats(self) -> LoadStats:
         """Where its time went, until now."""

@@ -71,7 +71,11 @@ async def test_no_python_runs_for_a_chunk_of_a_layer_from_the_file(
 ) -> None:
     path, made = tmp_path / "model.gguf", list[object]()
     await run_in_thread(partial(write_layers, path, 4, rows=512))
-    monkeypatch.setattr(HostDevice, "from_native", lambda _, event: made.append(event))
+
+    def from_native(_: HostDevice, event: object) -> None:
+        made.append(event)
+
+    monkeypatch.setattr(HostDevice, "from_native", from_native)
     async with (
         Loader("host", options=replace(SMALL, engine="native")) as loader,
         open_stream(loader, path, dtype="packed", host="file") as stream,

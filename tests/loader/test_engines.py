@@ -176,7 +176,11 @@ class TestFailures:
         """Numba tells of what its C function raises, and returns 0."""
         numba: Any = import_module("numba")
         raised: list[type[BaseException] | None] = []
-        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: raised.append(unraisable.exc_type))
+
+        def note(unraisable: sys.UnraisableHookArgs) -> None:
+            raised.append(unraisable.exc_type)
+
+        monkeypatch.setattr(sys, "unraisablehook", note)
 
         def divide(source: int, target: int, n_blocks: int) -> int:
             return source // (target - target + n_blocks - n_blocks)
