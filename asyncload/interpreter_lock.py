@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["UNHURRIED", "Pause", "overdue", "waiting"]
+__all__ = ["UNHURRIED", "Pause", "waiting"]
 
 # Seconds of a pause in which an event loop wakes up and takes the lock, twice for each of its timers: mostly, and where
 # its cores are busy, too.
@@ -22,8 +22,7 @@ _SHORT: Final = 0.0003
 UNHURRIED: Final = 0.001
 _BEFORE_FIRST: Final = 0.0003  # seconds of work for which others may wait, who may have waited before it
 _BETWEEN: Final = 0.0007  # and who have not
-_BELIEVED: Final = 10.0  # seconds for which it is believed that somebody keeps the lock
-_TURN: Final = 0.0005  # the switch interval while somebody waits, beside who keeps the lock
+_TURN: Final = 0.0005  # the switch interval while somebody waits
 _DEFAULT_INTERVAL: Final = 0.005  # the interpreter's
 
 
@@ -35,7 +34,7 @@ class Pause:
     ``UNHURRIED`` suits a loop for whose end nobody waits. The first pause comes sooner than the next ones: he is due
     who has given the loop its work. Where another thread does not give the lock back before the interpreter makes it,
     the next one comes after as much work as this one took. Short turns (``waiting``) do without: there the interpreter
-    sees to it that others come to the lock.
+    sees to it that others come to the lock, so a load pauses only where the program has an interval of its own.
     """
 
     def __init__(self, seconds: float = _SHORT) -> None:
@@ -53,10 +52,7 @@ class Pause:
         kept_for = self._seconds + sys.getswitchinterval()
         time.sleep(self._seconds)
         end = time.perf_counter()
-        kept = end - begin >= kept_for
-        self._not_before = end + (end - begin if kept else _BETWEEN)
-        if kept:
-            _turns.believe()
+        self._not_before = end + (end - begin if end - begin >= kept_for else _BETWEEN)
 
 
 class _Turns:
@@ -65,7 +61,6 @@ class _Turns:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # over all that follows; a block may end in a finalizer, wherever that runs
         self._waiting = 0
-        self._believed_until = 0.0
         self._before: float | None = None  # the interval that is to come back
         self._ours = 0.0
         self._left_alone = False  # somebody has set one while others waited
@@ -74,19 +69,6 @@ class _Turns:
     def shortened(self) -> bool:
         """Whether the interval is shorter than it was."""
         return self._before is not None
-
-    def believe(self) -> None:
-        """Somebody keeps the lock; that he does not at times, and others get it, is chance."""
-        with self._lock:
-            self._believed_until = time.perf_counter() + _BELIEVED
-            self.count(0)
-
-    def overdue(self, seconds: float) -> None:
-        """News were heard so late."""
-        if seconds >= sys.getswitchinterval():
-            self.believe()
-        else:
-            self.count(0)
 
     def count(self, waiting: int) -> None:
         """So many more wait."""
@@ -102,7 +84,7 @@ class _Turns:
             self._before, self._left_alone = None, True
         if not self._waiting:
             self._left_alone = False
-        short = self._waiting > 0 and time.perf_counter() < self._believed_until
+        short = self._waiting > 0
         if short and not self.shortened and not self._left_alone and _TURN < interval <= _DEFAULT_INTERVAL:
             sys.setswitchinterval(_TURN)
             self._before, self._ours = interval, sys.getswitchinterval()
@@ -121,23 +103,13 @@ _turns = _Turns()
 os.register_at_fork(after_in_child=_turns.begin_anew)
 
 
-def overdue(seconds: float) -> None:
-    """Says how late news were heard: as late as the switch interval, they are believed to have waited for the lock.
-
-    So who listens for long goes on with short turns as long as he seems to need them, and with each news a ``waiting``
-    that goes on has them from then on, or no longer. What a loop did itself in that time counts, too.
-    """
-    _turns.overdue(seconds)
-
-
 @contextmanager
 def waiting() -> Generator[None]:
     """The block waits for threads, and for the lock: whoever has it has to give it up after half a millisecond.
 
-    The interpreter's switch interval is set back behind it, and in a forked child. It stays as it is where nobody was
-    found to keep the lock lately, and where it is longer than the interpreter's own, as somebody has reasons for that.
-    Whether it is still so, nobody looks before another block begins or ends, or news come (``overdue``); that it has
-    come to be so, a pause may find, too. Threads that work for the block are interrupted as others are.
+    The interpreter's switch interval is set back behind it, and in a forked child. It stays as it is where it is longer
+    than the interpreter's own, as somebody has reasons for that, and where somebody sets it meanwhile. Where nobody
+    keeps the lock it says nothing. Threads that work for the block are interrupted as others are.
     """
     _turns.count(1)
     try:

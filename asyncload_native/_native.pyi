@@ -252,12 +252,6 @@ class News:
     def failure(self) -> Failure | None:
         """Why it ended early, if it did."""
 
-    @property
-    def late(self) -> float:
-        """
-        Seconds since the descriptor was made readable for it; 0 where it was not.
-        """
-
 class Wake(enum.Enum):
     """When a job's descriptor becomes readable, beside its end."""
 
@@ -496,12 +490,6 @@ class LayerFeed:
     @property
     def descriptor(self) -> int:
         """An eventfd that is readable when something is to be told."""
-
-    @property
-    def late(self) -> float:
-        """
-        Seconds since the descriptor was made readable for what was polled last; 0 where it was not.
-        """
 
     def poll(self) -> list[FeedNews]:
         """What has come since it was last asked."""

@@ -11,7 +11,6 @@ import anyio
 
 from asyncload.device import DeviceMemory, Event
 from asyncload.errors import CopyError, DeviceError
-from asyncload.interpreter_lock import overdue
 from asyncload.layers._feed import Settle
 from asyncload.layers._slabs import Slabs, places
 from asyncload.layers._slots import Slot
@@ -161,7 +160,6 @@ class NativeSlabFeed:
         """Takes what has come."""
         for news in self._feed.poll():
             self._take(news)
-        overdue(self._feed.late)
 
     def _take(self, news: Any) -> None:
         feeding = self._feedings[news.number]

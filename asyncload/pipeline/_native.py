@@ -22,7 +22,6 @@ from asyncload.errors import (
     SourceReadError,
 )
 from asyncload.gguf import GGMLType
-from asyncload.interpreter_lock import overdue
 from asyncload.memory import Scratch, VramTracker
 from asyncload.options import Options
 from asyncload.pipeline._backend import Sink
@@ -306,7 +305,6 @@ class NativeTransfer:
     def _hear(self) -> bool:
         """Takes the news; whether they were the last."""
         self._news = news = self._job.poll()
-        overdue(news.late)
         landed = news.landed  # made anew each time
         self._landed += news.moved
         self._missing -= len(landed)

@@ -41,7 +41,7 @@ void Job::close() {
 Job::News Job::poll() {
     const std::lock_guard lock(mutex_);
     News news = std::move(news_);
-    news.late = signal_.clear();
+    signal_.clear();
     news_ = {};
     news_.ended = news.ended;
     news_.failure = news.failure;

@@ -54,7 +54,6 @@ class Job : public std::enable_shared_from_this<Job> {
         std::vector<std::uint32_t> landed;  // tensors
         std::uint64_t moved = 0;            // bytes of tensors
         bool ended = false;                 // nothing of it is under way any more
-        double late = 0;                    // seconds since whoever waits was woken for it
         std::optional<Failure> failure;
     };
 

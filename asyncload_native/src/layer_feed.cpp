@@ -167,7 +167,7 @@ std::vector<LayerFeed::News> LayerFeed::wait() {
 
 std::vector<LayerFeed::News> LayerFeed::take_news() {
     due_ = false;
-    late_ = signal_.clear();
+    signal_.clear();
     return std::exchange(news_, {});
 }
 

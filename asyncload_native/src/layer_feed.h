@@ -77,8 +77,6 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     std::vector<News> poll();
     // The same, once something is to be told; for who has no event loop.
     std::vector<News> wait();
-    // Seconds since whoever waits was woken for what he took last; for him who polls.
-    double late() const noexcept { return late_; }
     std::size_t layers() const noexcept { return layers_.size(); }
     // What the threads did for layers, if that is noted.
     Spans& spans() noexcept { return spans_; }
@@ -142,7 +140,6 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     std::vector<News> news_;
     bool due_ = false;  // somebody waits for some of it
     Signal signal_;
-    double late_ = 0;  // seconds; his who polls
     Spans spans_;
     Worker enqueuing_;
     Worker awaiting_slots_;

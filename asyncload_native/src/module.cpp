@@ -379,8 +379,7 @@ void bind_job(nb::module_& module) {
         .def_ro("landed", &Job::News::landed, "The tensors that have landed since it was last asked, by their index.")
         .def_ro("moved", &Job::News::moved, "The bytes of tensors that have.")
         .def_ro("ended", &Job::News::ended, "Whether nothing of it is under way any more.")
-        .def_ro("failure", &Job::News::failure, "Why it ended early, if it did.")
-        .def_ro("late", &Job::News::late, "Seconds since the descriptor was made readable for it; 0 where it was not.");
+        .def_ro("failure", &Job::News::failure, "Why it ended early, if it did.");
     nb::enum_<Job::Wake>(module, "Wake", "When a job's descriptor becomes readable, beside its end.")
         .value("END", Job::Wake::end)
         .value("TENSOR", Job::Wake::tensor)
@@ -623,8 +622,6 @@ void bind_layer_feed(nb::module_& module) {
              "until\n"
              "he is told; the number by which he is.")
         .def_prop_ro("descriptor", &LayerFeed::descriptor, "An eventfd that is readable when something is to be told.")
-        .def_prop_ro("late", &LayerFeed::late,
-                     "Seconds since the descriptor was made readable for what was polled last; 0 where it was not.")
         .def("poll", &LayerFeed::poll, "What has come since it was last asked.")
         .def(
             "take_spans", [](LayerFeed& feed) { return take(feed.spans()); },

@@ -20,16 +20,14 @@ Signal::~Signal() {
 
 void Signal::set() {
     if (descriptor_ < 0 || std::exchange(set_, true)) return;
-    since_ = std::chrono::steady_clock::now();
     const std::uint64_t one = 1;
     [[maybe_unused]] const auto written = ::write(descriptor_, &one, sizeof one);  // fails only when it is set
 }
 
-double Signal::clear() {
-    if (descriptor_ < 0 || !std::exchange(set_, false)) return 0;
+void Signal::clear() {
+    if (descriptor_ < 0 || !std::exchange(set_, false)) return;
     std::uint64_t count = 0;
     [[maybe_unused]] const auto got = ::read(descriptor_, &count, sizeof count);
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - since_).count();
 }
 
 void Signal::close() {

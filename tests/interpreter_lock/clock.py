@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncload.interpreter_lock import Pause
 
-__all__ = ["Clock", "SlowClock", "somebody_keeps_the_lock"]
+__all__ = ["Clock", "SlowClock"]
 
 
 class Clock:
@@ -37,10 +37,3 @@ class SlowClock(Clock):
     def perf_counter(self) -> float:
         self.now += 0.001
         return self.now
-
-
-def somebody_keeps_the_lock(clock: Clock) -> None:
-    """Has a pause find out."""
-    clock.longer = 0.02
-    clock.work(Pause(), 0.0011)
-    clock.longer = 0.0

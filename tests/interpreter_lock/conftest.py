@@ -14,9 +14,8 @@ from tests.interpreter_lock.clock import Clock, SlowClock
 
 
 def set_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has time be the clock's, by which nobody was found to keep the lock."""
+    """Has time be the clock's."""
     monkeypatch.setattr(interpreter_lock, "time", clock)
-    monkeypatch.setattr(interpreter_lock, "_turns", interpreter_lock._Turns())
 
 
 @pytest.fixture
@@ -40,6 +39,13 @@ def interval() -> Iterator[float]:
     sys.setswitchinterval(0.005)
     yield 0.005
     sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def long_interval(interval: float) -> float:
+    """A switch interval that the program has chosen itself, so that turns are not shortened."""
+    sys.setswitchinterval(4 * interval)
+    return 4 * interval
 
 
 @pytest.fixture

@@ -12,17 +12,14 @@ import anyio
 import pytest
 
 from asyncload import Loader, read_header
-from asyncload.device import HostDevice
 from asyncload.errors import PlanError
 from asyncload.layers import Scheduler
 from asyncload.loader import _layer_stream, _session
 from asyncload.loader._open import OpenedModel
 from asyncload.loader._session import Session
-from asyncload.options import Options
 from asyncload.plan import Mode
 from asyncload.source import open_source
 from asyncload.testing import AsyncOnlySource
-from tests.interpreter_lock.clock import Clock, somebody_keeps_the_lock
 
 
 def intervals_at(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -39,10 +36,9 @@ def intervals_at(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> l
 
 @pytest.mark.anyio
 async def test_loads_wait_and_give_the_interval_back(
-    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch
+    interval: float, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_work, on_the_loop = intervals_at(Session, "make_plan", monkeypatch), list[float]()
-    monkeypatch.setattr("asyncload.pipeline._native.overdue", float)  # whatever the machine does
     async with Loader("host") as loader:
 
         async def load(dtype: str) -> None:
@@ -50,23 +46,18 @@ async def test_loads_wait_and_give_the_interval_back(
             model.close()
 
         await load("packed")
-        assert set(on_the_loop) == {interval}
-        on_the_loop.clear()
-        somebody_keeps_the_lock(clock)
-        await load("packed")
-        assert 0.0005 in on_the_loop
+        assert set(on_the_loop) == {0.0005}
         assert sys.getswitchinterval() == interval
         with pytest.raises(PlanError):
             await load("int3")
-    assert at_work == [interval, 0.0005, 0.0005]
+    assert at_work == [0.0005, 0.0005]
     assert sys.getswitchinterval() == interval
 
 
 @pytest.mark.anyio
 async def test_so_does_who_waits_for_the_end_of_a_load_that_fails(
-    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch
+    interval: float, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    somebody_keeps_the_lock(clock)
     at_the_end = intervals_at(Session, "_discard", monkeypatch)
     async with Loader("host") as loader:
         with pytest.raises(PlanError):
@@ -76,8 +67,7 @@ async def test_so_does_who_waits_for_the_end_of_a_load_that_fails(
 
 
 @pytest.mark.anyio
-async def test_and_for_a_header(interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    somebody_keeps_the_lock(clock)
+async def test_and_for_a_header(interval: float, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_work = intervals_at(OpenedModel, "_join", monkeypatch)
     await read_header(path)
     assert at_work == [0.0005]
@@ -118,9 +108,8 @@ async def consumer(loader: Loader, gate: Gate, kind: str) -> AsyncGenerator[Asyn
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["tensors", "layers"])
 async def test_who_enters_a_stream_waits(
-    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    interval: float, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    somebody_keeps_the_lock(clock)
     at_work = intervals_at(*PLANS[kind], monkeypatch)
     gate = Gate(path)
     gate.opened = anyio.Event()
@@ -140,9 +129,8 @@ async def test_who_enters_a_stream_waits(
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["tensors", "layers"])
 async def test_who_leaves_a_stream_waits(
-    interval: float, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    interval: float, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    somebody_keeps_the_lock(clock)
     seen = intervals_at(*ENDS[kind], monkeypatch)
     gate = Gate(path)
     async with Loader("host") as loader:
@@ -154,8 +142,7 @@ async def test_who_leaves_a_stream_waits(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["tensors", "layers"])
-async def test_who_takes_from_a_stream_waits(interval: float, clock: Clock, path: Path, kind: str) -> None:
-    somebody_keeps_the_lock(clock)
+async def test_who_takes_from_a_stream_waits(interval: float, path: Path, kind: str) -> None:
     gate, meanwhile = Gate(path), set[float]()
     async with Loader("host") as loader, consumer(loader, gate, kind) as source, anyio.create_task_group() as group:
         assert sys.getswitchinterval() == interval
@@ -173,9 +160,8 @@ async def test_who_takes_from_a_stream_waits(interval: float, clock: Clock, path
 
 
 @pytest.mark.anyio
-async def test_who_uses_a_layer_waits(interval: float, clock: Clock, path: Path) -> None:
+async def test_who_uses_a_layer_waits(interval: float, path: Path) -> None:
     """For the lock, if for nothing else: what he calls to begin his work gives it up."""
-    somebody_keeps_the_lock(clock)
     inside, outside = set[float](), set[float]()
     async with Loader("host") as loader, loader.stream(path, allow=STREAM, host="slabs") as layers:
         async for layer in layers:
@@ -185,25 +171,3 @@ async def test_who_uses_a_layer_waits(interval: float, clock: Clock, path: Path)
                 _ = 1 // layer.number  # however it ends
             outside.add(sys.getswitchinterval())
     assert (inside, outside) == ({0.0005}, {interval})
-
-
-@pytest.mark.native
-@pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["load", "layers"])
-async def test_news_of_the_native_engine_that_are_heard_late_are_told(
-    path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    late = list[float]()
-    monkeypatch.setattr(
-        f"asyncload.{'pipeline._native' if kind == 'load' else 'layers._native_feed'}.overdue", late.append
-    )
-    device = HostDevice(latency=0.02)  # so that there is something to wait for
-    async with Loader(device, options=Options(engine="native")) as loader:
-        if kind == "load":
-            (await loader.load(path)).close()
-        else:
-            async with loader.stream(path, allow=STREAM, host="slabs") as layers:
-                async for _ in layers:
-                    pass
-    assert 0.0 < max(late) < 60  # in seconds
-    assert min(late) >= 0.0

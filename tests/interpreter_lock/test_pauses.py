@@ -70,6 +70,7 @@ def test_loops_over_memory_pause(slow_clock: SlowClock) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.usefixtures("long_interval")  # with short turns they would not pause
 @pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=pytest.mark.native)])
 async def test_loops_of_a_load_pause_longer_once_bytes_are_under_way(
     slow_clock: SlowClock, path: Path, engine: EngineOption

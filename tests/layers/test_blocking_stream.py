@@ -207,7 +207,7 @@ import os, signal, sys, threading
 from asyncload import blocking
 from asyncload.device import HostDevice
 from asyncload.options import Options
-from asyncload.pipeline import _native
+from asyncload.pipeline._native import NativeTransfer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
 device = HostDevice()
 options = Options(engine=sys.argv[4], chunk_size=64 << 10, staging=256 << 10, threads=2)
@@ -242,13 +242,13 @@ def left():
     return [t.name for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
 
 device = Watched()
-overdue = _native.overdue
+hear = NativeTransfer._hear
 
-def heard(seconds):
+def heard(transfer):
     device.step()
-    overdue(seconds)
+    return hear(transfer)
 
-_native.overdue = heard
+NativeTransfer._hear = heard
 try:
     with blocking.Loader(device, options=options) as loader:
         with loader.stream(

@@ -111,17 +111,6 @@ def test_every_tensor_comes_where_it_was_to_come(
     assert times.decoded_nbytes == (outcome.moved if decode == ON_HOST else 0)
 
 
-def test_it_says_how_late_news_are_heard(tensors: Tensors, device: HostDevice) -> None:
-    begin, targets = time.perf_counter(), Targets(tensors)
-    with open_engine(device) as engine:
-        job = tensors.job(tensors.open())
-        assert job.poll().late == 0.0
-        tensors.start(engine, job, targets.addresses)
-        assert select.select([job.descriptor], [], [], 60)[0]
-        assert 0.0 < job.poll().late < time.perf_counter() - begin
-        assert job.poll().late == 0.0
-
-
 def test_what_is_changed_on_the_way_counts_from_the_next_chunk_on(tensors: Tensors, device: HostDevice) -> None:
     """A device may be slowed, poisoned or made to fail at any time: no chunk is moved half this way, half that."""
     done = threading.Event()

@@ -185,14 +185,3 @@ def test_a_consumer_in_cpp_goes_through_all_layers(slots: int) -> None:
         for _ in range(2):
             assert bench.module.consume(feed, bench.device, addresses, 4, kernel, 7) > 0
     assert seen == 8 * [1, 2, 3]
-
-
-def test_it_says_how_late_it_is_asked() -> None:
-    begin, bench = time.perf_counter(), Bench()
-    slot = np.zeros(NBYTES, np.uint8)
-    with bench.feed() as feed:
-        feed.feed(0, slot.ctypes.data, [])
-        hear_all(feed, 1)
-        assert 0.0 < feed.late < time.perf_counter() - begin
-        feed.poll()
-        assert feed.late == 0.0
