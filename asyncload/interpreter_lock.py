@@ -68,7 +68,7 @@ class _Turns:
     @property
     def shortened(self) -> bool:
         """Whether the interval is shorter than it was."""
-        return self._before is not None
+        return self._before is not None and not self._left_alone
 
     def count(self, waiting: int) -> None:
         """So many more wait."""
@@ -81,16 +81,15 @@ class _Turns:
     def _set_interval(self) -> None:
         interval = sys.getswitchinterval()
         if self._before is not None and interval != self._ours:
-            self._before, self._left_alone = None, True
-        if not self._waiting:
-            self._left_alone = False
-        short = self._waiting > 0
-        if short and not self.shortened and not self._left_alone and _TURN < interval <= _DEFAULT_INTERVAL:
-            sys.setswitchinterval(_TURN)
-            self._before, self._ours = interval, sys.getswitchinterval()
-        elif not short and self._before is not None:
-            sys.setswitchinterval(self._before)
-            self._before = None
+            self._left_alone = True
+        if self._waiting:
+            if self._before is None and _TURN < interval <= _DEFAULT_INTERVAL:
+                sys.setswitchinterval(_TURN)
+                self._before, self._ours = interval, sys.getswitchinterval()
+        elif self._before is not None:
+            if interval == self._ours:  # also where somebody has set it and then set ours again, as he had found it
+                sys.setswitchinterval(self._before)
+            self._before, self._left_alone = None, False
 
     def begin_anew(self) -> None:
         """In a forked child, in which nobody waits, and which may have the lock of a thread that it has not."""
@@ -108,8 +107,9 @@ def waiting() -> Generator[None]:
     """The block waits for threads, and for the lock: whoever has it has to give it up after half a millisecond.
 
     The interpreter's switch interval is set back behind it, and in a forked child. It stays as it is where it is longer
-    than the interpreter's own, as somebody has reasons for that, and where somebody sets it meanwhile. Where nobody
-    keeps the lock it says nothing. Threads that work for the block are interrupted as others are.
+    than the interpreter's own, as somebody has reasons for that, where it is as short, and where somebody sets it
+    meanwhile. Where nobody keeps the lock it says nothing. Threads that work for the block are interrupted as others
+    are.
     """
     _turns.count(1)
     try:

@@ -116,7 +116,7 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 
 
 def is_own_thread() -> bool:
-    """Whether the calling thread is one of asyncload's, by its name: nobody else's code runs on it."""
+    """Whether the calling thread is one that asyncload has started, by its name."""
     return threading.current_thread().name.startswith("asyncload-")
 
 

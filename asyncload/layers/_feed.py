@@ -140,8 +140,8 @@ class _SlotSink(Sink):
 class FileFeed:
     """Reads layers from the file each time they are needed, through the loader's staging buffers and streams.
 
-    What the device decodes goes through the loader's scratch, which stays as long as this does: freeing it after each
-    layer would wait for the work on the layers, and the next one would take another.
+    What the device decodes goes through the loader's scratch, which stays as long as this does, or each layer would
+    allocate it anew.
     """
 
     def __init__(self, engine: Engine, sources: Sequence[Source], *, decodes: bool) -> None:

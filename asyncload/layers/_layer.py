@@ -51,7 +51,8 @@ class Layer(Mapping[str, Tensor]):
         The stream (``cuda.core``'s, torch's, CuPy's, or a handle) waits for the layer to arrive; at the end of the
         block, however it ends, an event is recorded on it, and what it was given to do until then keeps the slot. Views
         that were made of the tensors are invalid afterwards. On the host device there may be no stream: the layer has
-        arrived, and the block is the work.
+        arrived, and the block is the work. In the block the interpreter's switch interval is shortened, as where one
+        waits.
 
         Raises ``ClosedError`` for a layer that was used or has passed, ``StalledError`` if the ride was left behind,
         ``OptionsError`` where a stream is needed, ``DeviceError`` for what is no stream of the device.
@@ -63,8 +64,8 @@ class Layer(Mapping[str, Tensor]):
             raise OptionsError("work on a layer needs a stream: layer.on(stream)", option="stream")
         adopted = None if stream is None else self._device.adopt(stream)
         self._work = None  # it holds its sweep, and that those after it: who keeps the layer keeps none
-        self._scheduler.enter(self._ride, work, adopted)
         with waiting():  # for the lock, with each call of the driver that gives it up, while the slot is kept
+            self._scheduler.enter(self._ride, work, adopted)
             try:
                 if adopted is None:
                     work.untimed = True

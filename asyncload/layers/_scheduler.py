@@ -107,7 +107,7 @@ class Scheduler:
         assert use.slot is not None
         try:
             use.fed = await self._feed(use.layer, use.slot)
-            # Its copies have ended, if not just now: if one failed, nobody is given more than the slots had.
+            # Its copies have ended, already or when waited for: if one failed, nobody is given more than the slots had.
             if before is not None and not before.arrived.is_set():
                 await before.arrived.wait()
         except Exception as error:  # noqa: BLE001 - the rides raise it
@@ -225,7 +225,7 @@ class Scheduler:
         if not use.fetched.is_set():
             ride.awaited = use
             self._watch_kept()
-        await use.fetched.wait()
+            await use.fetched.wait()
         if arrived and use.sweep.error is None and not use.arrived.is_set():
             await use.arrived.wait()
 

@@ -90,7 +90,7 @@ class LayerRide:
             raise
 
     async def _step(self) -> Layer:
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        await anyio.lowlevel.checkpoint()
         if self._last is not None:
             self._last.skip()
             self._last = None
@@ -101,7 +101,6 @@ class LayerRide:
         if number is None or number not in layers.resident:
             use = await layers.scheduler.step(self._ride, arrived=layers.wait_for_arrival)
         else:
-            await anyio.lowlevel.checkpoint()
             layers.scheduler.check_sweep(self._ride)
         if number is None:
             raise StopAsyncIteration

@@ -27,6 +27,7 @@ class Scratch:
         self._lock = threading.Lock()
         self._users = 0
         self._memory: Allocation | None = None
+        self._unused = True  # as far as those said who have released them
 
     def acquire(self) -> Sequence[DeviceMemory]:
         """The buffers, allocated for the first of their users; blocks. Raises ``OutOfDeviceMemoryError``."""
@@ -37,10 +38,15 @@ class Scratch:
             self._users += 1
             return [self._memory.memory.part(index * self._nbytes, self._nbytes) for index in range(self._count)]
 
-    def release(self) -> None:
-        """Says that one user's work has ended; the last one's frees the buffers. Never waits for the device."""
+    def release(self, *, unused: bool = False) -> None:
+        """One user is done; the last one's release frees the buffers. Never waits for the device.
+
+        ``unused``: his work has been seen to end. If all say so, the buffers are freed at once, else when the device's
+        work has ended (``Allocation.close``).
+        """
         with self._lock:
             self._users -= 1
+            self._unused = self._unused and unused
             if not self._users and self._memory is not None:
-                self._memory.close(unused=True)
-                self._memory = None
+                self._memory.close(unused=self._unused)
+                self._memory, self._unused = None, True

@@ -304,6 +304,7 @@ class VramTracker:
     def _free(self, entries: list[Entry]) -> None:
         leaving = self._take_out(entries)
         try:
+            self._device.attach()
             failures = self._device.free_all([entry.memory for entry in leaving])
         except Exception as whole:  # noqa: BLE001 - the thread outlives it; what may be free or not is not used again
             failures = dict.fromkeys([entry.memory for entry in leaving], whole)

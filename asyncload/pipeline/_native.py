@@ -330,11 +330,12 @@ class NativeTransfer:
             if self._job is not None:
                 if self._timed and self._backend.spans.watched:
                     self._backend.spans.add(self._spans())
-                _log.debug("%s: %s", self._sources[0].url, self._job.reading)
                 self._job.close()
             if self._scratch:
                 self._scratch = ()
-                self._backend.scratch.release()
+                self._backend.scratch.release(unused=self._job is None or self._ended)
+        if self._job is not None and _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %s", self._sources[0].url, self._job.reading)
 
     async def _give_up(self) -> None:
         """Cancels what is left, and waits until nothing is under way, however often it is cancelled itself."""

@@ -85,12 +85,14 @@ class PythonTransfer:
         self._lock = threading.Lock()
         self._arrivals: deque[_Arrival] = deque()
         self._on_device = 0
+        self._all_ended = True  # what was begun, as its events said
         self._error: BaseException | None = None
 
     @property
     def copies(self) -> Callable[[], Sequence[Sequence[tuple[Event, Event]]]]:
         """Has them already."""
-        return lambda: self._copies
+        copies = self._copies
+        return lambda: copies
 
     def stats(self) -> LoadStats:
         """Where its time went, until now."""
@@ -111,10 +113,11 @@ class PythonTransfer:
         """Gives the scratch back."""
         if self._scratch:
             self._scratch = ()
-            self._backend.scratch.release()
+            self._backend.scratch.release(unused=self._all_ended)
 
     async def run(self) -> None:
         """Moves everything."""
+        self._all_ended = False
         self._loop = LoopHandle()
         self._next_chunk = anyio.Lock(fast_acquire=True)
         self._drained = anyio.Event()
@@ -129,6 +132,7 @@ class PythonTransfer:
                 raise error
             finally:
                 del error  # it refers to this frame
+        self._all_ended = True
 
     async def _run_tasks(self) -> None:
         if not self._tensors_left:

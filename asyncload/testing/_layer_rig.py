@@ -71,7 +71,6 @@ class RaceDevice(DeviceProxy):
     def free(self, memory: DeviceMemory) -> None:
         """Calls the hook, then frees."""
         if self._before_free is not None:
-            self.attach()
             self._before_free(memory)
         super().free(memory)
 

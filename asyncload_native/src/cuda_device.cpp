@@ -138,8 +138,8 @@ class CudaDevice::Context {
     Context(const Context&) = delete;
     Context& operator=(const Context&) = delete;
 
-    // A thread of ours is apart from other threads' captures of CUDA graphs from then on: what it calls does not end
-    // them, and is not refused because of them.
+    // A thread that is given the context here, one of ours as a rule, is apart from other threads' captures of CUDA
+    // graphs from then on: what it calls does not end them, and is not refused because of them.
     void attach() const {
         CUcontext before = nullptr;
         driver->cuCtxGetCurrent(&before);

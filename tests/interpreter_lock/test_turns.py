@@ -57,6 +57,16 @@ def test_so_is_one_that_is_set_meanwhile_until_nobody_waits() -> None:
     assert sys.getswitchinterval() == 0.002
 
 
+def test_who_sets_an_interval_and_then_what_he_had_found_leaves_what_was_before(interval: float) -> None:
+    with waiting():
+        found = sys.getswitchinterval()
+        sys.setswitchinterval(0.001)
+        with waiting():
+            assert sys.getswitchinterval() == 0.001
+        sys.setswitchinterval(found)
+    assert sys.getswitchinterval() == interval
+
+
 def test_blocks_of_many_threads_leave_the_interval_as_it_was(interval: float) -> None:
     seen: set[float] = set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import logging
 import threading
@@ -15,15 +16,16 @@ import numpy as np
 import pytest
 
 from asyncload.device import DeviceInfo, HostDevice
-from asyncload.errors import BackendUnavailableError, CopyError, OutOfDeviceMemoryError, TargetError
+from asyncload.errors import BackendUnavailableError, CopyError, OutOfDeviceMemoryError, SourceReadError, TargetError
 from asyncload.events import Progress
 from asyncload.gguf import GGMLType
 from asyncload.loader import Loader, load
-from asyncload.memory import Purpose
-from asyncload.options import Options
+from asyncload.memory import Purpose, Scratch
+from asyncload.options import EngineOption, Options
 from asyncload.quant import DType, decode, kernel_address
 from asyncload.testing import random_blocks, write_gguf
 from asyncload.threads import run_in_thread
+from tests.loader.conftest import FailingFile
 
 pytestmark = pytest.mark.anyio
 HostKernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t)
@@ -89,6 +91,31 @@ async def test_scratch_is_there_while_loads_run_and_once_for_all_of_them(
             first.close()
         await run_in_thread(loader.tracker.flush)
     assert max(seen) == on_device.scratch
+
+
+async def test_scratch_is_unused_once_a_load_has_seen_all_of_its_work_end(
+    model_path: Path,
+    on_device: Options,
+    engine: EngineOption,
+    failing_file: FailingFile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[bool] = []
+    release = Scratch.release
+
+    def note(scratch: Scratch, *, unused: bool = False) -> None:
+        said.append(unused)
+        release(scratch, unused=unused)
+
+    monkeypatch.setattr(Scratch, "release", note)
+    async with Loader("host", options=on_device) as loader:
+        (await loader.load(model_path, dtype="bf16")).close()
+        with pytest.raises(SourceReadError) as caught:
+            await loader.load(failing_file(model_path, {20: errno.EBADF}), dtype="bf16")
+        if caught.value.partial is not None:
+            caught.value.partial.close()
+    # Where a load has failed, Python does not know of the work whose end could not be recorded; C++ has waited for it.
+    assert said == [True, engine == "native"]
 
 
 async def test_a_packed_load_takes_no_scratch(model_path: Path, on_device: Options) -> None:

@@ -37,11 +37,26 @@ class NoBarrier(HostDevice):
 def test_freeing_does_not_wait_for_others_work() -> None:
     tracker = VramTracker(NoBarrier())
     scratch = Scratch(tracker, 4096, 3)
-    scratch.acquire()
-    scratch.release()
+    for _ in range(2):
+        scratch.acquire()
+    for _ in range(2):
+        scratch.release(unused=True)
     tracker.flush()
     assert tracker.total == 0
     tracker.close()
+
+
+def test_unless_one_of_its_users_has_not_seen_his_own_end() -> None:
+    device = NoBarrier()
+    tracker = VramTracker(device)
+    scratch = Scratch(tracker, 4096, 3)
+    for _ in range(2):
+        scratch.acquire()
+    scratch.release()
+    scratch.release(unused=True)
+    with pytest.raises(DeviceError, match="a barrier"):
+        tracker.flush()
+    assert tracker.total == 3 * 4096
 
 
 def test_too_little_memory_leaves_none_of_it_taken() -> None:

@@ -661,14 +661,6 @@ void stub_barrier() {
     });
 }
 
-// Holds streams no longer. Whether so many copies and kernels have been begun then, or within a minute.
-bool stub_await_work(std::size_t n) {
-    Lock lock(state.lock);
-    state.held = false;
-    state.changed.notify_all();
-    return state.changed.wait_for(lock, std::chrono::minutes(1), [n] { return state.calls["work"] >= n; });
-}
-
 // How many calls of the driver the calling thread has made.
 std::size_t stub_calls_here() {
     return calls_here;

@@ -94,15 +94,6 @@ class StubCuda:
         """Waits until all has ended that is enqueued by now."""
         self._library.stub_barrier()
 
-    def await_work_with_the_lock(self, count: int) -> bool:
-        """Ends ``hold``; whether streams begin so many copies and kernels, while nobody else has the interpreter lock.
-
-        ``ctypes.PyDLL`` keeps it during its calls.
-        """
-        await_work = ctypes.PyDLL(self.path).stub_await_work
-        await_work.restype = ctypes.c_bool
-        return bool(await_work(ctypes.c_size_t(count)))
-
     @property
     def calls_here(self) -> int:
         """How many calls of the driver the calling thread has made."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import select
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -131,26 +132,31 @@ def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(
 
 @pytest.mark.usefixtures("without_turns")
 def test_layers_come_while_somebody_keeps_the_interpreter_lock(stub_cuda: StubCuda, device: StubDevice) -> None:
+    """``ctypes.PyDLL`` keeps the lock during its calls: here until a layer has arrived."""
+
+    class PollFd(ctypes.Structure):
+        _fields_ = [("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short)]
+
     module: Any = import_module("asyncload_native")
     layers = [np.full(4096, 1 + number, np.uint8) for number in range(6)]
-    slots = [stub_cuda.make("cuMemAlloc_v2", 4096) for _ in range(2)]
+    slot = stub_cuda.make("cuMemAlloc_v2", 4096)
     feed = module.LayerFeed(
         device.native(),
         [np.array([[layer.ctypes.data, layer.nbytes, 0, 0, 0, 0]], np.uint64) for layer in layers],
         streams=1,
         scratch=[],
-        each_arrival=False,
+        each_arrival=True,
         trace=False,
         nice=0,
     )
-    stub_cuda.hold(True)
-    for number in range(len(layers)):
-        feed.feed(number, slots[number % 2], [])
-    assert stub_cuda.await_work_with_the_lock(len(layers))
-    feed.close()
-    for slot, layer in zip(slots, layers[-2:], strict=True):
+    poll, arrived = ctypes.PyDLL(None).poll, PollFd(feed.descriptor, select.POLLIN, 0)
+    for number, layer in enumerate(layers):
+        feed.feed(number, slot, [])
+        assert poll(ctypes.byref(arrived), ctypes.c_ulong(1), 60_000) == 1
+        assert [news.has_arrived for news in feed.poll()] == [False, True]
         assert ctypes.string_at(slot, layer.nbytes) == layer.tobytes()
-        assert stub_cuda.call("cuMemFree_v2", slot) == 0
+    feed.close()
+    assert stub_cuda.call("cuMemFree_v2", slot) == 0
 
 
 @pytest.mark.usefixtures("without_turns")
