@@ -246,6 +246,20 @@ async def test_a_copy_that_fails_reaches_all_rides_at_their_next_step(failing: i
                     assert await bench.take(ride) == number
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+async def test_a_layer_is_handed_out_once_the_one_before_in_its_slot_has_arrived(slots: int) -> None:
+    async with running(slots) as bench:
+        arrival = bench.arrivals[0] = FakeEvent(passed=False)
+        ride = bench.scheduler.join()
+        for number in range(slots):
+            assert await bench.take(ride) == number
+        with anyio.move_on_after(LIMIT / 2) as scope:
+            await bench.take(ride)
+        assert scope.cancelled_caught
+        arrival.passed.set()
+        assert [await bench.take(ride) for _ in range(slots, LAYERS + 1)] == WHOLE[slots:]
+
+
 async def test_a_sweep_ends_when_its_copies_have() -> None:
     async with running(slots=LAYERS) as bench:
         ride = bench.scheduler.join()
