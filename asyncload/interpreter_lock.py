@@ -63,12 +63,11 @@ class _Turns:
         self._waiting = 0
         self._before: float | None = None  # the interval that is to come back
         self._ours = 0.0
-        self._left_alone = False  # somebody has set one while others waited
 
     @property
     def shortened(self) -> bool:
-        """Whether the interval is shorter than it was."""
-        return self._before is not None and not self._left_alone
+        """Whether the interval is shorter than it was, and nobody has set one meanwhile."""
+        return self._before is not None and sys.getswitchinterval() == self._ours
 
     def count(self, waiting: int) -> None:
         """So many more wait."""
@@ -80,8 +79,6 @@ class _Turns:
 
     def _set_interval(self) -> None:
         interval = sys.getswitchinterval()
-        if self._before is not None and interval != self._ours:
-            self._left_alone = True
         if self._waiting:
             if self._before is None and _TURN < interval <= _DEFAULT_INTERVAL:
                 sys.setswitchinterval(_TURN)
@@ -89,7 +86,7 @@ class _Turns:
         elif self._before is not None:
             if interval == self._ours:  # also where somebody has set it and then set ours again, as he had found it
                 sys.setswitchinterval(self._before)
-            self._before, self._left_alone = None, False
+            self._before = None
 
     def begin_anew(self) -> None:
         """In a forked child, in which nobody waits, and which may have the lock of a thread that it has not."""

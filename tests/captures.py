@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from asyncload.testing._cuda_kernel import check
+
 __all__ = ["capture"]
 
 _NBYTES = 4096
@@ -23,21 +25,15 @@ def capture() -> Generator[None]:
     device = core.Device(0)
     device.set_current()
     stream = device.create_stream()
-    memory = _check(driver.cuMemAlloc(_NBYTES))
+    memory = check(driver.cuMemAlloc(_NBYTES))
     try:
-        _check(driver.cuStreamBeginCapture(stream.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL))
+        check(driver.cuStreamBeginCapture(stream.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL))
         try:
             yield
-            _check(driver.cuMemsetD8Async(memory, 1, _NBYTES, stream.handle))
+            check(driver.cuMemsetD8Async(memory, 1, _NBYTES, stream.handle))
         finally:
             ended = driver.cuStreamEndCapture(stream.handle)
-        _check(driver.cuGraphDestroy(_check(ended)))
+        check(driver.cuGraphDestroy(check(ended)))
     finally:
-        _check(driver.cuMemFree(memory))
+        check(driver.cuMemFree(memory))
         stream.close()
-
-
-def _check(result: tuple[Any, ...]) -> Any:
-    if int(result[0]) != 0:
-        raise RuntimeError(f"the driver refuses: {result[0].name}")
-    return result[1] if len(result) > 1 else None

@@ -85,7 +85,6 @@ class PythonTransfer:
         self._lock = threading.Lock()
         self._arrivals: deque[_Arrival] = deque()
         self._on_device = 0
-        self._all_ended = True  # what was begun, as its events said
         self._error: BaseException | None = None
 
     @property
@@ -113,11 +112,10 @@ class PythonTransfer:
         """Gives the scratch back."""
         if self._scratch:
             self._scratch = ()
-            self._backend.scratch.release(unused=self._all_ended)
+            self._backend.scratch.release(unused=not self._tensors_left)
 
     async def run(self) -> None:
         """Moves everything."""
-        self._all_ended = False
         self._loop = LoopHandle()
         self._next_chunk = anyio.Lock(fast_acquire=True)
         self._drained = anyio.Event()
@@ -132,7 +130,6 @@ class PythonTransfer:
                 raise error
             finally:
                 del error  # it refers to this frame
-        self._all_ended = True
 
     async def _run_tasks(self) -> None:
         if not self._tensors_left:

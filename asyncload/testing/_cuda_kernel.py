@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Sleep", "SleepingKernel"]
+__all__ = ["Sleep", "SleepingKernel", "check"]
 
 _SOURCE = r"""
 extern "C" __global__ void sleep_then_copy(volatile unsigned int *woken, unsigned long long nanoseconds,
@@ -27,6 +27,13 @@ extern "C" __global__ void sleep_then_copy(volatile unsigned int *woken, unsigne
 _THREADS = 32
 _SLEEPS = 1024  # words to wake sleeping kernels with; as many launches later the first word is used again
 _WORD = ctypes.sizeof(ctypes.c_uint32)
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """What a function of ``cuda.bindings.driver`` gave, or ``RuntimeError`` with the driver's code."""
+    if int(result[0]) != 0:
+        raise RuntimeError(f"the driver refuses: {result[0].name}")
+    return result[1] if len(result) > 1 else None
 
 
 class Sleep:
@@ -56,9 +63,7 @@ class SleepingKernel:
         device.set_current()
         # Allocated before any kernel sleeps, as allocating may wait for kernels. Pinned host memory has one address for
         # host and device, and what the one writes the other sees.
-        code, address = self._driver.cuMemAllocHost((_SLEEPS + 1) * _WORD)
-        if int(code) != 0:
-            raise RuntimeError(f"cuMemAllocHost: {code.name}")
+        address = check(self._driver.cuMemAllocHost((_SLEEPS + 1) * _WORD))
         self._words = (ctypes.c_uint32 * (_SLEEPS + 1)).from_address(int(address))
         self._words[_SLEEPS] = 0  # of those that nobody wakes
         self._launched = 0

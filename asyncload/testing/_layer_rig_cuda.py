@@ -12,7 +12,7 @@ from asyncload.device import Device, DeviceMemory, open_device
 from asyncload.loader import Loader
 from asyncload.options import Options
 from asyncload.pipeline import NativeDevice
-from asyncload.testing._cuda_kernel import SleepingKernel
+from asyncload.testing._cuda_kernel import SleepingKernel, check
 from asyncload.testing._layer_rig import POISON, LayerConsumer, LayerRig, NativeRaceDevice, RaceDevice, Wait
 from asyncload.threads import run_in_thread
 
@@ -45,7 +45,7 @@ class _Bus:
         self.kernel = kernel
         self.driver: Any = import_module("cuda.bindings.driver")
         self.seconds = 0.0
-        self._unrecorded = self.check(self.driver.cuEventCreate(0))
+        self._unrecorded = check(self.driver.cuEventCreate(0))
 
     @property
     def unrecorded(self) -> int:
@@ -58,13 +58,7 @@ class _Bus:
 
     def poison(self, memory: DeviceMemory) -> None:
         if memory.nbytes:
-            self.check(self.driver.cuMemsetD8(memory.address, POISON, memory.nbytes))
-
-    @staticmethod
-    def check(result: tuple[Any, ...]) -> Any:
-        if int(result[0]) != 0:
-            raise RuntimeError(f"the driver refuses: {result[0].name}")
-        return result[1] if len(result) > 1 else None
+            check(self.driver.cuMemsetD8(memory.address, POISON, memory.nbytes))
 
 
 @contextmanager
@@ -121,17 +115,17 @@ class _CudaRig(LayerRig):
 class _CudaConsumer(LayerConsumer):
     def __init__(self, device: Device, bus: _Bus, room: int, *, seconds: float, poison: bool, seed: int) -> None:
         super().__init__(device, room, seconds=seconds, poison=poison, seed=seed)
-        self._kernel, self._driver, self._check = bus.kernel, bus.driver, bus.check
+        self._kernel, self._driver = bus.kernel, bus.driver
         self.stream: Any = bus.kernel.stream()  # foreign to asyncload, as a framework's is
 
     def enqueue_copy(self, target: int, source: int, nbytes: int) -> None:
-        self._check(self._driver.cuMemcpyDtoHAsync(target, source, nbytes, self.stream.handle))
+        check(self._driver.cuMemcpyDtoHAsync(target, source, nbytes, self.stream.handle))
 
     def enqueue_sleep(self, seconds: float) -> None:
         self._kernel.sleep(self.stream, seconds)
 
     def enqueue_fill(self, address: int, nbytes: int) -> None:
-        self._check(self._driver.cuMemsetD8Async(address, POISON, nbytes, self.stream.handle))
+        check(self._driver.cuMemsetD8Async(address, POISON, nbytes, self.stream.handle))
 
     def wait(self) -> None:
         self.stream.sync()

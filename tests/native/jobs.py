@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import select
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -34,6 +35,7 @@ __all__ = [
     "Tensors",
     "job_table",
     "open_engine",
+    "readable_with_the_lock",
     "until",
     "wait",
 ]
@@ -41,6 +43,16 @@ __all__ = [
 CHUNK = 64 << 10
 NOWHERE, ON_HOST, ON_DEVICE = range(3)  # where a tensor is decoded
 PATIENCE = 60.0  # seconds, where waiting longer is a hang
+
+
+class _PollFd(ctypes.Structure):
+    _fields_ = [("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short)]
+
+
+def readable_with_the_lock(descriptor: int) -> bool:
+    """Whether it gets readable within a minute; ``ctypes.PyDLL`` keeps the interpreter lock during its calls."""
+    waiting = _PollFd(descriptor, select.POLLIN, 0)
+    return bool(ctypes.PyDLL(None).poll(ctypes.byref(waiting), ctypes.c_ulong(1), 60_000) == 1)
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.native.jobs import CHUNK, NOWHERE, ON_DEVICE, ON_HOST, Outcome, Ring, Tensors, open_engine, wait
+from tests.native.jobs import (
+    CHUNK,
+    NOWHERE,
+    ON_DEVICE,
+    ON_HOST,
+    Outcome,
+    Ring,
+    Tensors,
+    open_engine,
+    readable_with_the_lock,
+    wait,
+)
 from tests.native.stub_cuda import StubCuda
 
 if TYPE_CHECKING:
@@ -360,20 +371,14 @@ class TestTheInterpreterLock:
     def test_a_load_takes_place_while_somebody_keeps_it(
         self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, poison: bool
     ) -> None:
-        """``ctypes.PyDLL`` keeps the lock during its calls: here until the job says that it has ended."""
-
-        class PollFd(ctypes.Structure):
-            _fields_ = [("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short)]
-
+        """Until the job says that it has ended."""
         device.set_pace(0.0, 0.0, poison=poison)
         targets = Targets(tensors, decode)
         with open_engine(device) as engine:
             job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double)
             engine.submit(job, targets.scratch, [])
-            waiting = PollFd(job.descriptor, select.POLLIN, 0)
-            poll = ctypes.PyDLL(None).poll
             engine.admit(job, max(job.groups) + 1, 0, np.array(targets.addresses, np.uint64))
-            assert poll(ctypes.byref(waiting), ctypes.c_ulong(1), 60_000) == 1
+            assert readable_with_the_lock(job.descriptor)
             outcome = Outcome()
             outcome.hear(job)
         assert outcome.ended

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import select
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -18,11 +17,12 @@ import numpy as np
 import pytest
 
 from asyncload.errors import CopyError, DeviceError
-from asyncload.loader import Loader
+from asyncload.loader import LayerStream, Loader
 from asyncload.testing import LayerConformance, LayerRig, Wait, differences, write_layers
 from asyncload.threads import run_in_thread
 from tests.layers.models import SMALL, layers_only, make_model, open_stream
 from tests.native.conftest import Turns
+from tests.native.jobs import readable_with_the_lock
 from tests.native.stub_cuda import StubCuda
 from tests.native.stub_device import StubDevice, stub_rig
 
@@ -59,13 +59,22 @@ def device(stub_cuda: StubCuda) -> Iterator[StubDevice]:
     device.close()
 
 
+@asynccontextmanager
+async def streamed(folder: Path, cuda: StubCuda, host: str) -> AsyncGenerator[tuple[LayerStream, int]]:
+    """Twelve layers, and a consumer's stream."""
+    path = folder / "model.gguf"
+    await run_in_thread(partial(write_layers, path, 12))
+    async with stub_rig(cuda, OPTIONS) as rig, open_stream(rig.loader, path, host=host) as layers:
+        stream = cuda.make("cuStreamCreate", 0)
+        yield layers, stream
+        await run_in_thread(rig.loader.tracker.flush)
+        assert cuda.call("cuStreamDestroy_v2", stream) == 0
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("host", ["slabs", "file"])
 async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cuda: StubCuda, host: str) -> None:
-    path = tmp_path / "model.gguf"
-    await run_in_thread(partial(write_layers, path, 12))
-    async with stub_rig(stub_cuda, OPTIONS) as rig, open_stream(rig.loader, path, host=host) as layers:
-        stream = stub_cuda.make("cuStreamCreate", 0)
+    async with streamed(tmp_path, stub_cuda, host) as (layers, stream):
         before = stub_cuda.calls_here
         for _ in range(3):
             async for layer in layers:
@@ -73,8 +82,6 @@ async def test_a_consumers_thread_never_calls_the_driver(tmp_path: Path, stub_cu
                     assert len(layer) > 0
         assert stub_cuda.calls_here == before
         assert stub_cuda.calls("cuStreamWaitEvent") > 0
-        await run_in_thread(rig.loader.tracker.flush)
-        assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
 
 
 @pytest.mark.anyio
@@ -106,16 +113,11 @@ async def test_what_the_driver_refuses_of_a_sweep_is_said_and_the_next_one_is_wh
 @pytest.mark.anyio
 @pytest.mark.parametrize("host", ["slabs", "file"])
 async def test_a_sweep_and_a_capture_do_not_end_each_other(tmp_path: Path, stub_cuda: StubCuda, host: str) -> None:
-    path = tmp_path / "model.gguf"
-    await run_in_thread(partial(write_layers, path, 12))
-    async with stub_rig(stub_cuda, OPTIONS) as rig, open_stream(rig.loader, path, host=host) as layers:
-        stream = stub_cuda.make("cuStreamCreate", 0)
+    async with streamed(tmp_path, stub_cuda, host) as (layers, stream):
         with stub_cuda.capturing():
             async for layer in layers:
                 with layer.on(stream):
                     assert len(layer) > 0
-        await run_in_thread(rig.loader.tracker.flush)
-        assert stub_cuda.call("cuStreamDestroy_v2", stream) == 0
 
 
 def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(
@@ -132,11 +134,7 @@ def test_work_begins_and_ends_without_giving_the_interpreter_lock_up(
 
 @pytest.mark.usefixtures("without_turns")
 def test_layers_come_while_somebody_keeps_the_interpreter_lock(stub_cuda: StubCuda, device: StubDevice) -> None:
-    """``ctypes.PyDLL`` keeps the lock during its calls: here until a layer has arrived."""
-
-    class PollFd(ctypes.Structure):
-        _fields_ = [("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short)]
-
+    """Each time until a layer has arrived."""
     module: Any = import_module("asyncload_native")
     layers = [np.full(4096, 1 + number, np.uint8) for number in range(6)]
     slot = stub_cuda.make("cuMemAlloc_v2", 4096)
@@ -149,10 +147,9 @@ def test_layers_come_while_somebody_keeps_the_interpreter_lock(stub_cuda: StubCu
         trace=False,
         nice=0,
     )
-    poll, arrived = ctypes.PyDLL(None).poll, PollFd(feed.descriptor, select.POLLIN, 0)
     for number, layer in enumerate(layers):
         feed.feed(number, slot, [])
-        assert poll(ctypes.byref(arrived), ctypes.c_ulong(1), 60_000) == 1
+        assert readable_with_the_lock(feed.descriptor)
         assert [news.has_arrived for news in feed.poll()] == [False, True]
         assert ctypes.string_at(slot, layer.nbytes) == layer.tobytes()
     feed.close()
