@@ -32,8 +32,15 @@ class Clock:
 
 
 class SlowClock(Clock):
-    """One by which whatever is done takes a millisecond."""
+    """One by which whatever is done takes a millisecond, but for a sleep, which takes what it was asked for."""
+
+    _since_last_look = 0.001
 
     def perf_counter(self) -> float:
-        self.now += 0.001
+        self.now += self._since_last_look
+        self._since_last_look = 0.001
         return self.now
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        self._since_last_look = 0.0

@@ -42,10 +42,9 @@ def interval() -> Iterator[float]:
 
 
 @pytest.fixture
-def long_interval(interval: float) -> float:
-    """A switch interval that the program has chosen itself, so that turns are not shortened."""
-    sys.setswitchinterval(4 * interval)
-    return 4 * interval
+def few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with two cores."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from asyncload import Loader
 from asyncload.device import HostDevice
-from asyncload.interpreter_lock import UNHURRIED, Pause
+from asyncload.interpreter_lock import UNHURRIED, Pause, waiting
 from asyncload.loader._open import OpenedModel
 from asyncload.options import EngineOption, Options
 from tests.interpreter_lock.clock import Clock, SlowClock
@@ -30,15 +31,43 @@ def test_who_is_in_no_hurry_sleeps_longer(clock: Clock) -> None:
     assert set(clock.sleeps) == {0.001}
 
 
-def test_what_a_pause_took_is_worked_before_the_next_one(clock: Clock) -> None:
+def test_there_are_no_more_once_somebody_has_kept_the_lock(clock: Clock) -> None:
     clock.longer = 0.02
-    assert clock.work(Pause(), 0.05) == 3
+    pause = Pause()
+    assert clock.work(pause, 0.05) == 1
+    pause.begin()
+    assert clock.work(pause, 0.05) == 1
 
 
 @pytest.mark.parametrize("seconds", [0.0003, UNHURRIED])
-def test_but_not_of_one_that_the_machine_made_long(clock: Clock, seconds: float) -> None:
+def test_but_a_core_may_come_late(clock: Clock, seconds: float) -> None:
     clock.longer = 0.0049
     assert clock.work(Pause(seconds), 0.01015) == 15
+
+
+@pytest.mark.usefixtures("interval")
+@pytest.mark.parametrize(("cores", "pauses"), [(1, 15), (12, 15), (13, 0)])
+def test_short_turns_need_none_where_cores_are_many(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, cores: int, pauses: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    pause = Pause()
+    with waiting():
+        assert clock.work(pause, 0.01015) == pauses
+        sys.setswitchinterval(0.002)
+        with waiting():
+            pass
+        assert clock.work(pause, 0.001) > 0  # they are short no more
+    assert clock.work(pause, 0.001) > 0
+
+
+@pytest.mark.usefixtures("interval")
+def test_with_them_who_keeps_the_lock_shows_sooner(clock: Clock, few_cores: None) -> None:
+    with waiting():
+        clock.longer = 0.0004
+        assert clock.work(Pause(), 0.01015) == 15
+        clock.longer = 0.0006
+        assert clock.work(Pause(), 0.01015) == 1
 
 
 @pytest.mark.anyio
@@ -70,7 +99,7 @@ def test_loops_over_memory_pause(slow_clock: SlowClock) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.usefixtures("long_interval")  # with short turns they would not pause
+@pytest.mark.usefixtures("few_cores")
 @pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=pytest.mark.native)])
 async def test_loops_of_a_load_pause_longer_once_bytes_are_under_way(
     slow_clock: SlowClock, path: Path, engine: EngineOption

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
-from asyncload.interpreter_lock import Pause, waiting
-from tests.interpreter_lock.clock import Clock
+from asyncload.interpreter_lock import waiting
 
 
 def test_who_waits_comes_to_the_lock_sooner(interval: float) -> None:
@@ -23,16 +22,6 @@ def test_who_waits_comes_to_the_lock_sooner(interval: float) -> None:
         assert sys.getswitchinterval() == 0.0005
         raise ZeroDivisionError
     assert sys.getswitchinterval() == interval
-
-
-def test_short_turns_need_no_pauses(clock: Clock, interval: float) -> None:
-    with waiting():
-        assert clock.work(Pause(), 0.1) == 0
-        sys.setswitchinterval(0.002)
-        with waiting():
-            pass
-        assert clock.work(Pause(), 0.001) > 0  # they are short no more
-    assert clock.work(Pause(), 0.001) > 0
 
 
 @pytest.mark.parametrize("own", [0.0002, 0.0005, 0.006, 1000.0])
