@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,9 +42,22 @@ def interval() -> Iterator[float]:
 
 
 @pytest.fixture
-def few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with two cores."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+def have_cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Says how many cores the process may use."""
+
+    def have_cores(count: int) -> None:
+        def cores(_: int) -> set[int]:
+            return set(range(count))
+
+        monkeypatch.setattr("os.sched_getaffinity", cores)
+
+    return have_cores
+
+
+@pytest.fixture
+def few_cores(have_cores: Callable[[int], None]) -> None:
+    """Has the process have two cores."""
+    have_cores(2)
 
 
 @pytest.fixture

@@ -48,9 +48,9 @@ def test_but_a_core_may_come_late(clock: Clock, seconds: float) -> None:
 @pytest.mark.usefixtures("interval")
 @pytest.mark.parametrize(("cores", "pauses"), [(1, 15), (12, 15), (13, 0)])
 def test_short_turns_need_none_where_cores_are_many(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, cores: int, pauses: int
+    clock: Clock, have_cores: Callable[[int], None], cores: int, pauses: int
 ) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    have_cores(cores)
     pause = Pause()
     with waiting():
         assert clock.work(pause, 0.01015) == pauses
@@ -61,8 +61,8 @@ def test_short_turns_need_none_where_cores_are_many(
     assert clock.work(pause, 0.001) > 0
 
 
-@pytest.mark.usefixtures("interval")
-def test_with_them_who_keeps_the_lock_shows_sooner(clock: Clock, few_cores: None) -> None:
+@pytest.mark.usefixtures("interval", "few_cores")
+def test_with_them_who_keeps_the_lock_shows_sooner(clock: Clock) -> None:
     with waiting():
         clock.longer = 0.0004
         assert clock.work(Pause(), 0.01015) == 15
