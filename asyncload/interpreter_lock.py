@@ -23,7 +23,7 @@ _SHORT: Final = 0.0003
 UNHURRIED: Final = 0.001
 _BEFORE_FIRST: Final = 0.0003  # seconds of work for which others may wait, who may have waited before it
 _BETWEEN: Final = 0.0007  # and who have not
-_FEW_CORES: Final = 12  # which the threads of a load keep busy, if the options do not say otherwise
+_FEW_CORES: Final = 12  # which the threads of a load to a GPU keep busy, if the options do not say otherwise
 _TURN: Final = 0.0005  # the switch interval while somebody waits
 _DEFAULT_INTERVAL: Final = 0.005  # the interpreter's
 
@@ -35,18 +35,19 @@ class Pause:
     it up between a timer and the task that it wakes, and after a shorter sleep the loop here has it back by then.
     ``UNHURRIED`` suits a loop for whose end nobody waits. The first pause comes sooner than the next ones: he is due
     who has given the loop its work. Where another thread does not give the lock back before the interpreter makes it,
-    there are no more: whoever wants the lock then waits for that thread, not for this one. Short turns (``waiting``)
-    do without where cores are many: the interpreter sees to it that others come to the lock. Where they are few, who
-    has waited for his turn still waits for a core, and again each time that he gives the lock up.
+    or a core came as late as if one did, there are no more before the loop begins anew: whoever wants the lock then
+    waits for that thread, not for this one. Short turns (``waiting``) do without where cores are many: the interpreter
+    sees to it that others come to the lock. Where the process may use few, who has waited for his turn still waits for
+    a core, and again each time that he gives the lock up.
     """
 
     def __init__(self, seconds: float = _SHORT) -> None:
         self._seconds = seconds
+        self._few_cores = len(os.sched_getaffinity(0)) <= _FEW_CORES
         self.begin()
 
     def begin(self) -> None:
         """The loop begins now."""
-        self._few_cores = len(os.sched_getaffinity(0)) <= _FEW_CORES
         self._not_before = time.perf_counter() + _BEFORE_FIRST
 
     def __call__(self) -> None:
@@ -55,7 +56,7 @@ class Pause:
             return
         if (begin := time.perf_counter()) < self._not_before:
             return
-        kept_for = self._seconds + sys.getswitchinterval()
+        kept_for = self._seconds + max(sys.getswitchinterval(), _TURN)
         time.sleep(self._seconds)
         end = time.perf_counter()
         self._not_before = math.inf if end - begin >= kept_for else end + _BETWEEN

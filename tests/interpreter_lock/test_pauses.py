@@ -16,6 +16,8 @@ from asyncload.loader._open import OpenedModel
 from asyncload.options import EngineOption, Options
 from tests.interpreter_lock.clock import Clock, SlowClock
 
+pytestmark = pytest.mark.usefixtures("interval")
+
 
 def test_little_work_is_not_worth_a_pause(clock: Clock) -> None:
     assert clock.work(Pause(), 0.00029) == 0
@@ -45,29 +47,40 @@ def test_but_a_core_may_come_late(clock: Clock, seconds: float) -> None:
     assert clock.work(Pause(seconds), 0.01015) == 15
 
 
-@pytest.mark.usefixtures("interval")
 @pytest.mark.parametrize(("cores", "pauses"), [(1, 15), (12, 15), (13, 0)])
 def test_short_turns_need_none_where_cores_are_many(
     clock: Clock, have_cores: Callable[[int], None], cores: int, pauses: int
 ) -> None:
     have_cores(cores)
+    with waiting():
+        assert clock.work(Pause(), 0.01015) == pauses
+
+
+def test_turns_that_are_short_no_more_do(clock: Clock, have_cores: Callable[[int], None]) -> None:
+    have_cores(64)
     pause = Pause()
     with waiting():
-        assert clock.work(pause, 0.01015) == pauses
+        assert clock.work(pause, 0.01) == 0
         sys.setswitchinterval(0.002)
         with waiting():
             pass
-        assert clock.work(pause, 0.001) > 0  # they are short no more
+        assert clock.work(pause, 0.001) > 0
     assert clock.work(pause, 0.001) > 0
 
 
-@pytest.mark.usefixtures("interval", "few_cores")
-def test_with_them_who_keeps_the_lock_shows_sooner(clock: Clock) -> None:
+@pytest.mark.usefixtures("few_cores")
+def test_with_short_turns_who_keeps_the_lock_shows_sooner(clock: Clock) -> None:
     with waiting():
         clock.longer = 0.0004
         assert clock.work(Pause(), 0.01015) == 15
         clock.longer = 0.0006
         assert clock.work(Pause(), 0.01015) == 1
+
+
+def test_a_sleep_that_takes_a_little_longer_shows_nothing_however_short_turns_are(clock: Clock) -> None:
+    sys.setswitchinterval(1e-5)
+    clock.longer = 0.0001
+    assert clock.work(Pause(), 0.01015) == 15
 
 
 @pytest.mark.anyio
