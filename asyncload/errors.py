@@ -280,7 +280,7 @@ class BackendUnavailableError(DeviceError, ImportError):
 
 
 class CopyError(DeviceError):
-    """A copy to the device failed."""
+    """A copy to the device failed, or work that copies were among, of which CUDA does not say what it was."""
 
 
 class OutOfDeviceMemoryError(DeviceError, MemoryError):

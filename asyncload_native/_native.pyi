@@ -178,9 +178,7 @@ class FailureKind(enum.Enum):
 
     COPY = 3
 
-    DECODE = 4
-
-    DEVICE = 5
+    DEVICE = 4
 
 class Failure:
     """Why a job ended early."""
@@ -195,7 +193,7 @@ class Failure:
     def file(self) -> int: ...
 
     @property
-    def offset(self) -> int: ...
+    def offset(self) -> int | None: ...
 
     @property
     def error_number(self) -> int: ...
@@ -443,6 +441,21 @@ class Admission(Recipient):
     def admitted(self) -> int:
         """How many tensors the engine knows the targets of."""
 
+class FeedFailure:
+    """Why a feeding failed."""
+
+    @property
+    def what(self) -> str:
+        """What the device said."""
+
+    @property
+    def code(self) -> str:
+        """And its name for it."""
+
+    @property
+    def of_copy(self) -> bool:
+        """Whether it was a copy, or work that copies are among."""
+
 class FeedNews:
     """What has come of a feeding."""
 
@@ -457,12 +470,8 @@ class FeedNews:
         """
 
     @property
-    def failure(self) -> str | None:
-        """What the device said, if it failed."""
-
-    @property
-    def code(self) -> str:
-        """And its name for it."""
+    def failure(self) -> FeedFailure | None:
+        """Why, if it failed."""
 
     @property
     def begun(self) -> list[Event]:

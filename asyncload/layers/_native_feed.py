@@ -164,8 +164,9 @@ class NativeSlabFeed:
     def _take(self, news: Any) -> None:
         feeding = self._feedings[news.number]
         if news.failure is not None:
-            name = self._device.info.name
-            feeding.error = CopyError(f"{name}: {news.failure}", device=name, code=news.code or None)
+            name, failure = self._device.info.name, news.failure
+            raised = CopyError if failure.of_copy else DeviceError
+            feeding.error = raised(f"{name}: {failure.what}", device=name, code=failure.code or None)
         if news.has_arrived:
             feeding.arrived.set()
         else:

@@ -78,7 +78,7 @@ class NativeFileSource:
 
     async def aclose(self) -> None:
         """Lets the file go."""
-        self.close()
+        await run_in_thread(self.close)
 
     @contextmanager
     def _mapping_errors(self, *, opening: bool = False) -> Generator[None]:
@@ -93,7 +93,7 @@ class NativeFileSource:
             raise SourceReadError(
                 error.strerror,
                 url=self._path,
-                offset=None if opening else error.offset,
+                offset=error.offset,
                 transient=error.transient,
                 errno=error.errno or None,
             ) from error

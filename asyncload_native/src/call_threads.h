@@ -1,4 +1,4 @@
-// Calls that others have made for them, so as not to stand in the driver themselves.
+// Calls that others have made for them, so as not to wait themselves: in the driver, or for a file to be closed.
 #pragma once
 
 #include <condition_variable>

@@ -27,7 +27,7 @@ double consume(LayerFeed& feed, Device& device, const std::vector<Address>& slot
     for (std::size_t use = 0; use < total; ++use) {
         while (fed.empty())
             for (LayerFeed::News& news : feed.wait()) {
-                if (news.failure) throw DeviceError(*news.failure, news.code);
+                if (news.failure) throw DeviceError(*news.failure);
                 if (!news.has_arrived) fed.push_back(std::move(news));
             }
         for (const SharedEvent& event : fed.front().arrived) stream->wait(*event);

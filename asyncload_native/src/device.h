@@ -22,12 +22,17 @@ inline std::byte* pointer(Address address) {
 // The device refused, or work enqueued on it failed; `name` is the driver's for it, empty where there is none.
 class DeviceError : public std::runtime_error {
   public:
-    DeviceError(const std::string& what, std::string name) : std::runtime_error(what), name_(std::move(name)) {}
+    DeviceError(const std::string& what, std::string name, bool of_copy = false)
+        : std::runtime_error(what), name_(std::move(name)), of_copy_(of_copy) {}
 
     const std::string& name() const noexcept { return name_; }
+    // Whether it was a copy, or work that copies are among.
+    bool of_copy() const noexcept { return of_copy_; }
+    void set_of_copy() noexcept { of_copy_ = true; }
 
   private:
     std::string name_;
+    bool of_copy_;
 };
 
 // Whatever ended work for a device, memory that ran out say, as its failure: no exception may leave a thread.

@@ -45,7 +45,7 @@ void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std:
         ended = closing_ ? stop(*job) : take_ended(*job);
         changed_.notify_all();
     }
-    if (ended) ended->settle();
+    settle_elsewhere(std::move(ended));
 }
 
 bool Engine::admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets) {
@@ -66,7 +66,11 @@ void Engine::cancel(Job& job) {
         ended = stop(job);
         changed_.notify_all();  // what waits to read again
     }
-    if (ended) ended->settle();
+    settle_elsewhere(std::move(ended));
+}
+
+void Engine::settle_elsewhere(std::shared_ptr<Job> ended) {
+    if (ended) calls_.call([ended = std::move(ended)] { ended->settle(); });
 }
 
 std::shared_ptr<Job> Engine::stop(Job& job) {
@@ -107,6 +111,7 @@ void Engine::close() {
         if (job) job->settle();
     for (std::thread& thread : threads_) thread.join();
     threads_.clear();
+    calls_.close();
     try {
         device_->attach();
     } catch (const DeviceError&) {  // then there is no context to give anything back to

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "call_threads.h"
 #include "copy_queue.h"
 #include "cores.h"
 #include "device.h"
@@ -90,6 +91,8 @@ class Engine {
     // Under the lock; both return a job that has nothing left to do, once, to be settled without the lock.
     std::shared_ptr<Job> stop(Job& job);
     std::shared_ptr<Job> take_ended(Job& job);
+    // Settles one, if there is one, on a thread that may wait for files to be closed; the caller may not.
+    void settle_elsewhere(std::shared_ptr<Job> ended);
     // A chunk has ended: it arrived, or failed, or was given up.
     enum class End : std::uint8_t { arrived, failed, given_up };
     void report(const Task& task, End end, Failure failure = {});
@@ -105,6 +108,7 @@ class Engine {
     std::unique_ptr<CopyQueue> copies_;  // where the device combines copies
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<std::thread> threads_;
+    CallThreads calls_;
 };
 
 }  // namespace asyncload

@@ -123,7 +123,7 @@ void File::check_unchanged() const {
     struct stat status{};
     if (::stat(path_.c_str(), &status) != 0) {
         if (errno == ENOENT || errno == ENOTDIR) throw changed();
-        throw failed(errno, 0);
+        throw failed(errno);
     }
     if (identify(status) != identity_ || identify(fd()) != identity_) throw changed();
 }
@@ -139,7 +139,7 @@ void File::count_read(std::uint64_t offset) const {
     if (found != failing_.end()) throw failed(found->second, offset);
 }
 
-ReadError File::failed(int error_number, std::uint64_t offset) const {
+ReadError File::failed(int error_number, std::optional<std::uint64_t> offset) const {
     return {ReadError::Kind::failed, path_ + ": " + describe(error_number), error_number, offset};
 }
 
@@ -149,7 +149,7 @@ ReadError File::changed() const {
 
 File::Identity File::identify(int fd) const {
     struct stat status{};
-    if (::fstat(fd, &status) != 0) throw failed(errno, 0);
+    if (::fstat(fd, &status) != 0) throw failed(errno);
     if (!S_ISREG(status.st_mode)) throw ReadError(ReadError::Kind::failed, path_ + ": not a regular file");
     return identify(status);
 }

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <variant>
@@ -22,7 +23,7 @@ struct ReadError : std::runtime_error {
     // is not the one that was opened.
     enum class Kind : std::uint8_t { failed, ended, changed };
 
-    ReadError(Kind what_kind, const std::string& what, int number = 0, std::uint64_t at = 0)
+    ReadError(Kind what_kind, const std::string& what, int number = 0, std::optional<std::uint64_t> at = std::nullopt)
         : std::runtime_error(what), kind(what_kind), error_number(number), offset(at) {}
 
     // Whether the same read may succeed when it is made again.
@@ -30,7 +31,7 @@ struct ReadError : std::runtime_error {
 
     Kind kind;
     int error_number;
-    std::uint64_t offset;  // of a byte that did not come; 0 where there was no read
+    std::optional<std::uint64_t> offset;  // of a byte that did not come, where there was a read
 };
 
 // A way of reading does not serve here, and another does; `what` says why.
@@ -79,7 +80,7 @@ class File : public std::enable_shared_from_this<File> {
     void count_read(std::uint64_t offset) const;
 
     // A system call on this file failed with `error_number`.
-    ReadError failed(int error_number, std::uint64_t offset) const;
+    ReadError failed(int error_number, std::optional<std::uint64_t> offset = std::nullopt) const;
 
     struct Identity {
         std::uint64_t device;

@@ -243,7 +243,7 @@ HostDevice::Moment HostDevice::copy(std::byte* target, const std::byte* source, 
             busy_until_ = begin + seconds(static_cast<double>(nbytes) / bandwidth);
         }
     }
-    if (fails) throw DeviceError("a copy failed, as a test asked", "");
+    if (fails) throw DeviceError("a copy failed, as a test asked", "", true);
     if (poisons) std::fill_n(target, nbytes, poison);
     std::this_thread::sleep_until(begin);
     if (bandwidth == 0) {

@@ -22,14 +22,14 @@ namespace asyncload {
 
 // Why a load ended early.
 struct Failure {
-    enum class Kind : std::uint8_t { read, ended, changed, copy, decode, device };
+    enum class Kind : std::uint8_t { read, ended, changed, copy, device };
     Kind kind = Kind::device;
     std::uint32_t tensor = 0;
     std::uint32_t file = 0;
-    std::uint64_t offset = 0;  // in the file: of the read, or where the chunk begins
-    int error_number = 0;      // of a read
-    bool transient = false;    // it may pass by itself
-    std::string code;          // the driver's
+    std::optional<std::uint64_t> offset;  // in the file: of the read, if there was one, or where the chunk begins
+    int error_number = 0;                 // of a read
+    bool transient = false;               // it may pass by itself
+    std::string code;                     // the driver's
     std::string what;
 };
 

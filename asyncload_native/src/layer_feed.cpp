@@ -67,7 +67,7 @@ void LayerFeed::enqueue(Feeding& feeding) {
     }
     spans_.note(Span::What::enqueue, 0, feeding.layer, begin);
     if (failure)
-        tell({feeding.number, false, failure->what(), failure->name(), feeding.begun, feeding.arrived}, true);
+        tell({feeding.number, false, failure, feeding.begun, feeding.arrived}, true);
     else
         awaiting_slots_.push(std::move(feeding));
 }
@@ -124,19 +124,18 @@ void LayerFeed::await_slot(Feeding& feeding) {
         told_.wait(lock, [&] { return !under_way_.contains(*feeding.before); });
     }
     spans_.note(Span::What::await_slot, 0, feeding.layer, begin);
-    tell({feeding.number, false, std::nullopt, {}, feeding.begun, feeding.arrived}, !options_.each_arrival);
+    tell({feeding.number, false, std::nullopt, feeding.begun, feeding.arrived}, !options_.each_arrival);
     awaiting_copies_.push(std::move(feeding));
 }
 
 void LayerFeed::await_copies(Feeding& feeding) {
     const auto begin = Clock::now();
-    News news{feeding.number, true, std::nullopt, {}, {}, {}};
+    News news{feeding.number, true, std::nullopt, {}, {}};
     try {
         device_->attach();
         await(feeding.arrived);
     } catch (const DeviceError& error) {
-        news.failure = error.what();
-        news.code = error.name();
+        news.failure = error;
     }
     spans_.note(Span::What::await_copies, 0, feeding.layer, begin);
     const bool wakes = news.failure || options_.each_arrival || feeding.layer + 1 == layers_.size();

@@ -56,8 +56,7 @@ class LayerFeed : public std::enable_shared_from_this<LayerFeed> {
     struct News {
         std::uint64_t number;
         bool has_arrived;
-        std::optional<std::string> failure;  // what the device said
-        std::string code;                    // and its name for it
+        std::optional<DeviceError> failure;
         std::vector<SharedEvent> begun;
         std::vector<SharedEvent> arrived;
     };

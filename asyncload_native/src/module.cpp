@@ -153,7 +153,7 @@ void bind_errors(nb::module_& module) {
     read_error.doc() =
         "The bytes of a file could not be had: reading ``failed``, the file ``ended``, or it is ``changed``.";
     read_error.attr("kind") = "";
-    read_error.attr("offset") = 0;
+    read_error.attr("offset") = 0;  // or None, where there was no read
     read_error.attr("transient") = false;
     nb::register_exception_translator(
         [](const std::exception_ptr& raised, void* type) {
@@ -356,7 +356,6 @@ void bind_job(nb::module_& module) {
         .value("ENDED", Failure::Kind::ended)
         .value("CHANGED", Failure::Kind::changed)
         .value("COPY", Failure::Kind::copy)
-        .value("DECODE", Failure::Kind::decode)
         .value("DEVICE", Failure::Kind::device);
     nb::class_<Failure>(module, "Failure", "Why a job ended early.")
         .def_ro("kind", &Failure::kind)
@@ -567,8 +566,20 @@ void bind_engine(nb::module_& module) {
             },
             "job"_a, "groups"_a, "first"_a, "targets"_a,
             "Lets the groups below a number be moved, for which the addresses from tensor ``first`` on are given.")
-        .def("cancel", &Engine::cancel, "job"_a, "Has a job end as soon as nothing of it is under way.")
-        .def_prop_ro("busy", &Engine::busy, "Whether a job uses a staging buffer.")
+        .def(
+            "cancel",
+            [](Engine& engine, Job& job) {
+                const auto released = release_if(engine.contended());
+                engine.cancel(job);
+            },
+            "job"_a, "Has a job end as soon as nothing of it is under way.")
+        .def_prop_ro(
+            "busy",
+            [](const Engine& engine) {
+                const auto released = release_if(engine.contended());
+                return engine.busy();
+            },
+            "Whether a job uses a staging buffer.")
         .def("close", &Engine::close, Unlocked(), "Ends all jobs and the threads; blocks.");
 }
 
@@ -597,12 +608,16 @@ void bind_admission(nb::module_& module) {
 }
 
 void bind_layer_feed(nb::module_& module) {
+    nb::class_<DeviceError>(module, "FeedFailure", "Why a feeding failed.")
+        .def_prop_ro(
+            "what", [](const DeviceError& error) { return text(error.what()); }, "What the device said.")
+        .def_prop_ro("code", &DeviceError::name, "And its name for it.")
+        .def_prop_ro("of_copy", &DeviceError::of_copy, "Whether it was a copy, or work that copies are among.");
     nb::class_<LayerFeed::News>(module, "FeedNews", "What has come of a feeding.")
         .def_ro("number", &LayerFeed::News::number, "Whose.")
         .def_ro("has_arrived", &LayerFeed::News::has_arrived,
                 "That its copies have ended, or else that they are enqueued, and what had the slot before has ended.")
-        .def_ro("failure", &LayerFeed::News::failure, "What the device said, if it failed.")
-        .def_ro("code", &LayerFeed::News::code, "And its name for it.")
+        .def_ro("failure", &LayerFeed::News::failure, "Why, if it failed.")
         .def_ro("begun", &LayerFeed::News::begun, "Events before its copies, one for each stream, when it is enqueued.")
         .def_ro("arrived", &LayerFeed::News::arrived, "Events behind them.");
     nb::class_<LayerFeed>(module, "LayerFeed", "Brings layers out of registered host memory into slots.")

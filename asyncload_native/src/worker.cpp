@@ -60,14 +60,12 @@ void Engine::Worker::move(Lane& lane, Task task) {
     const std::span segments(&job.cut_.segments[chunk.first_segment], chunk.n_segments);
     const std::uint32_t tensor = segments.front().tensor;
     Flight flight{task, {}, 0, false, std::nullopt, false, nullptr, lane.event};
-    auto kind = Failure::Kind::device;
     try {
         device_.attach();
-        kind = Failure::Kind::copy;
         const auto bytes = place(lane, task, segments);
         Next next = read(task, bytes);
         if (next == Next::go_on && !decode(lane, task, segments)) {
-            flight.failure = describe(DeviceError("the decoding kernel failed", ""), Failure::Kind::decode, task);
+            flight.failure = describe(DeviceError("the decoding kernel failed", ""), task);
         } else if (next == Next::go_on) {
             while (task.ahead && under_way()) land_oldest();  // or it would be heard of late
             next = engine_.await_targets(task);
@@ -78,7 +76,7 @@ void Engine::Worker::move(Lane& lane, Task task) {
     } catch (const ReadError& error) {
         flight.failure = describe(error, tensor, chunk.file);
     } catch (const std::exception& error) {
-        flight.failure = describe(of_device(error), kind, task);
+        flight.failure = describe(of_device(error), task);
     }
     if (!flight.enqueued) return land(std::move(flight));
     if (!flight.queued) record(flight);
@@ -90,7 +88,7 @@ void Engine::Worker::record(Flight& flight) {
         if (flight.begun) flight.event = device_.make_event(true, Wait::poll);
         stream_->record(*flight.event);
     } catch (const DeviceError& error) {
-        if (!flight.failure) flight.failure = describe(error, Failure::Kind::device, flight.task);
+        if (!flight.failure) flight.failure = describe(error, flight.task);
         stream_->drain();
         flight.event = nullptr;  // it says nothing of this
     }
@@ -222,7 +220,7 @@ void Engine::Worker::land(Lane& lane) {
         else if (flight.event)
             flight.event->synchronize();
     } catch (const DeviceError& error) {
-        if (!flight.failure) flight.failure = describe(error, Failure::Kind::copy, flight.task);
+        if (!flight.failure) flight.failure = describe(error, flight.task);
         if (!flight.queued) stream_->drain();
     }
     job.spans_.note(Span::What::await_copies, index_, tensor, begin);
@@ -275,7 +273,8 @@ Failure Engine::Worker::describe(const ReadError& error, std::uint32_t tensor, s
     return {kind, tensor, file, error.offset, error.error_number, error.transient(), {}, error.what()};
 }
 
-Failure Engine::Worker::describe(const DeviceError& error, Failure::Kind kind, const Task& task) {
+Failure Engine::Worker::describe(const DeviceError& error, const Task& task) {
+    const auto kind = error.of_copy() ? Failure::Kind::copy : Failure::Kind::device;
     const Chunk& chunk = *task.chunk;
     const auto tensor = task.job->cut_.segments[chunk.first_segment].tensor;
     return {kind, tensor, chunk.file, chunk.offset, 0, false, error.name(), error.what()};

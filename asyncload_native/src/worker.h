@@ -68,7 +68,7 @@ class Engine::Worker {
     void land_others(const Job& job);
     void land_oldest();
     static Failure describe(const ReadError& error, std::uint32_t tensor, std::uint32_t file);
-    static Failure describe(const DeviceError& error, Failure::Kind kind, const Task& task);
+    static Failure describe(const DeviceError& error, const Task& task);
 
     Engine& engine_;
     Device& device_;

@@ -163,6 +163,7 @@ class TestFailures:
             async with nothing_left(loader):
                 with pytest.raises(DeviceError, match="decoding kernel failed") as caught:
                     await loader.load(model_path, dtype="bf16")
+                assert type(caught.value) is DeviceError
                 assert caught.value.tensor in (await read_header(model_path)).tensors
                 assert caught.value.offset
                 assert caught.value.partial is not None

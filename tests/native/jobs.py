@@ -153,6 +153,11 @@ class Tensors:
         self.data = np.random.default_rng(seed).integers(0, 256, sum(sizes), np.uint8)
         path.write_bytes(self.data.tobytes())
 
+    def holds(self, tensor: int, offset: int | None) -> bool:
+        """Whether a place in the file is a tensor's."""
+        begin = self.offsets[tensor]
+        return offset is not None and begin <= offset < begin + self.sizes[tensor]
+
     def open(self) -> File:
         """The file."""
         from asyncload_native import File

@@ -78,7 +78,9 @@ def test_a_kernel_that_is_refused_fails_no_other_jobs(loads: Loads, engine: Engi
     other, _ = loads.begin(engine, sizes=[1000], kernel=(loads.cuda.kernel(loads.cuda.double, blocks_per_group=1), 1))
     until(lambda: job.times().read_nbytes > 0)
     loads.cuda.hold(False)
-    assert "cuLaunchKernel" in failure_of(other).what
+    failure = failure_of(other)
+    assert "cuLaunchKernel" in failure.what
+    assert failure.kind.name == "DEVICE"
     assert ended(job)
     assert job.poll().failure is None
     assert ctypes.string_at(targets[0], SIZES[0]) == loads.expected(0)
@@ -116,7 +118,7 @@ def test_a_copy_that_fails_fails_no_other_jobs(loads: Loads, engine: Engine) -> 
     until(lambda: job.times().read_nbytes > 0)  # threads that wait for what is under way may have taken the rest
     loads.cuda.hold(False)
     failure = failure_of(other)
-    assert (failure.tensor, failure.code) == (0, "CUDA_ERROR_INVALID_VALUE")
+    assert (failure.kind.name, failure.tensor, failure.code) == ("COPY", 0, "CUDA_ERROR_INVALID_VALUE")
     assert "cuMemcpyHtoDAsync_v2" in failure.what
     assert ended(job)
     assert job.poll().failure is None

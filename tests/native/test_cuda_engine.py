@@ -150,6 +150,27 @@ def test_a_job_whose_event_fails_ends_behind_its_copies(loads: Loads, engine: En
         assert loads.cuda.call("cuMemFree_v2", address) == 0
 
 
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        ("cuMemcpyHtoDAsync_v2", "COPY"),
+        ("cuEventQuery", "COPY"),  # of work that copies are among
+        ("cuLaunchKernel", "DEVICE"),
+        ("cuEventRecord", "DEVICE"),
+        ("cuStreamWaitEvent", "DEVICE"),
+        ("cuCtxSetCurrent", "DEVICE"),
+    ],
+)
+def test_the_failure_of_a_copy_is_told_from_others(loads: Loads, engine: Engine, function: str, kind: str) -> None:
+    kernel = loads.cuda.kernel(loads.cuda.double, blocks_per_group=1), 1
+    event = loads.cuda.make("cuEventCreate", 2)
+    loads.cuda.fail(function, UNKNOWN)
+    failure = failure_of(loads.begin(engine, sizes=[1000], kernel=kernel, after=[loads.device.adopt_event(event)])[0])
+    assert function in failure.what
+    assert failure.kind.name == kind
+    assert loads.cuda.call("cuEventDestroy_v2", event) == 0
+
+
 def test_a_thread_that_cannot_attach_is_a_failure_of_what_it_takes(loads: Loads, engine: Engine) -> None:
     loads.cuda.fail("cuCtxSetCurrent", UNKNOWN)
     job, _ = loads.begin(engine, sizes=[1000])

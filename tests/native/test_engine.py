@@ -31,6 +31,7 @@ from tests.native.jobs import (
     wait,
 )
 from tests.native.stub_cuda import StubCuda
+from tests.system_threads import system_threads
 
 if TYPE_CHECKING:
     from asyncload_native import Event, HostDevice, Job
@@ -190,8 +191,7 @@ class TestFailures:
         assert failure is not None
         assert (failure.kind, failure.error_number, failure.transient) == (FailureKind.READ, errno.EBADF, False)
         assert failure.what == f"{tensors.path}: {os.strerror(errno.EBADF)}"
-        begin = tensors.offsets[failure.tensor]
-        assert begin <= failure.offset < begin + SIZES[failure.tensor]
+        assert tensors.holds(failure.tensor, failure.offset)
 
     def test_a_read_that_fails_in_passing(self, tensors: Tensors, device: HostDevice) -> None:
         file = tensors.open()
@@ -241,6 +241,17 @@ class TestFailures:
         assert failure is not None
         assert (failure.kind, failure.offset) == (FailureKind.ENDED, sum(SIZES) - 1)
 
+    def test_looking_whether_a_file_is_still_the_same(self, tensors: Tensors, device: HostDevice) -> None:
+        from asyncload_native import FailureKind
+
+        job = tensors.job(tensors.open())
+        tensors.path.unlink()
+        tensors.path.symlink_to(tensors.path)
+        failure = self.fail(tensors, device, job, Targets(tensors)).failure
+        assert failure is not None
+        assert (failure.kind, failure.error_number) == (FailureKind.READ, errno.ELOOP)
+        assert failure.offset is None
+
     @pytest.mark.parametrize("decode", PLACES)
     @pytest.mark.parametrize("number", [1, 4])
     def test_a_copy(self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, number: int) -> None:
@@ -253,21 +264,22 @@ class TestFailures:
         assert failure is not None
         assert (failure.kind, failure.what) == (FailureKind.COPY, "a copy failed, as a test asked")
         assert failure.tensor not in outcome.landed
-        begin = tensors.offsets[failure.tensor]
-        assert begin <= failure.offset < begin + SIZES[failure.tensor]
+        assert tensors.holds(failure.tensor, failure.offset)
 
     @pytest.mark.parametrize("decode", [ON_HOST, ON_DEVICE])
     @pytest.mark.parametrize("number", [1, 4])
     def test_a_kernel(
         self, tensors: Tensors, device: HostDevice, stub_cuda: StubCuda, decode: int, number: int
     ) -> None:
+        from asyncload_native import FailureKind
+
         stub_cuda.fail("stub_double", 1, nth=number)
         job = tensors.job(tensors.open(), decode=decode, kernel=stub_cuda.double)
         failure = self.fail(tensors, device, job, Targets(tensors, decode)).failure
         assert failure is not None
+        assert failure.kind == FailureKind.DEVICE
         assert "decoding kernel failed" in failure.what
-        begin = tensors.offsets[failure.tensor]
-        assert begin <= failure.offset < begin + SIZES[failure.tensor]
+        assert tensors.holds(failure.tensor, failure.offset)
 
     def test_what_has_failed_is_moved_by_the_next_job(self, tensors: Tensors, device: HostDevice) -> None:
         targets = Targets(tensors)
@@ -291,6 +303,19 @@ class TestTheEnd:
             assert not job.poll().ended
             engine.cancel(job)
             assert wait(job).landed == []
+
+    def test_of_a_job_that_is_cancelled_is_brought_about_by_another_thread(
+        self, tensors: Tensors, device: HostDevice
+    ) -> None:
+        """As closing its files may take long."""
+        with open_engine(device) as engine:
+            job = tensors.job(tensors.open())
+            engine.submit(job, [], [])
+            before, threads = descriptors(), set(system_threads())
+            engine.cancel(job)
+            wait(job)
+            assert descriptors() == before - 1
+            assert {name for thread, name in system_threads().items() if thread not in threads} == {"asyncload-calls"}
 
     def test_of_a_job_that_is_cancelled_comes_behind_its_copies(self, tensors: Tensors, device: HostDevice) -> None:
         device.set_pace(10e6, 0.0, poison=True)

@@ -137,7 +137,8 @@ def test_a_copy_that_fails_is_told_of_and_those_after_it_come() -> None:
             feed.feed(layer, slot.ctypes.data, [])
         failures = {news.number: news.failure for news in hear_all(feed, 6) if news.has_arrived}
         assert failures[0] is failures[2] is None
-        assert "a copy failed" in str(failures[1])
+        assert "a copy failed" in failures[1].what
+        assert failures[1].of_copy
         assert slot.tobytes() == bench.layers[2].tobytes()
 
 

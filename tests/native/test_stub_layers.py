@@ -60,11 +60,13 @@ def device(stub_cuda: StubCuda) -> Iterator[StubDevice]:
 
 
 @asynccontextmanager
-async def streamed(folder: Path, cuda: StubCuda, host: str) -> AsyncGenerator[tuple[LayerStream, int]]:
+async def streamed(
+    folder: Path, cuda: StubCuda, host: str, *, slots: int = 2
+) -> AsyncGenerator[tuple[LayerStream, int]]:
     """Twelve layers, and a consumer's stream."""
     path = folder / "model.gguf"
     await run_in_thread(partial(write_layers, path, 12))
-    async with stub_rig(cuda, OPTIONS) as rig, open_stream(rig.loader, path, host=host) as layers:
+    async with stub_rig(cuda, OPTIONS) as rig, open_stream(rig.loader, path, host=host, slots=slots) as layers:
         stream = cuda.make("cuStreamCreate", 0)
         yield layers, stream
         await run_in_thread(rig.loader.tracker.flush)
@@ -99,15 +101,47 @@ async def test_what_the_driver_refuses_of_a_sweep_is_said_and_the_next_one_is_wh
         stub_cuda.fail(function, LAUNCH_FAILED, nth=nth, lasting=lasting)
         with anyio.fail_after(PATIENCE):
             for _ in range(3 if lasting else 1):
-                with pytest.raises(CopyError, match=function) as caught:
+                with pytest.raises(DeviceError, match=function) as caught:
                     async for _ in ride:
                         pass
+                assert type(caught.value) is (CopyError if function == "cuMemcpyHtoDAsync_v2" else DeviceError)
                 assert caught.value.code == "CUDA_ERROR_LAUNCH_FAILED"
                 assert caught.value.layer is not None
             stub_cuda.fail(function, 0, nth=1 << 30)
             async for layer in ride:
                 consumer.use(layer)
         assert not differences(await run_in_thread(consumer.take), layers_only(content))
+
+
+@pytest.mark.anyio
+async def test_what_fails_on_its_way_is_a_copy(tmp_path: Path, stub_cuda: StubCuda) -> None:
+    """Or work that copies are among."""
+    async with streamed(tmp_path, stub_cuda, "slabs") as (layers, _):
+        stub_cuda.fail("cuEventSynchronize", LAUNCH_FAILED)
+        with anyio.fail_after(PATIENCE), pytest.raises(CopyError, match="cuEventSynchronize") as caught:
+            async for layer in layers:
+                layer.skip()
+        assert caught.value.code == "CUDA_ERROR_LAUNCH_FAILED"
+
+
+@pytest.mark.anyio
+async def test_a_sweep_does_not_end_before_its_last_copy(tmp_path: Path, stub_cuda: StubCuda) -> None:
+    async with streamed(tmp_path, stub_cuda, "slabs", slots=12) as (layers, stream):
+        ride = layers.join()
+        stub_cuda.hold(True)
+        try:
+            for number in range(12):
+                layer = await anext(ride)
+                assert layer.number == number
+                with layer.on(stream):
+                    pass
+            with anyio.move_on_after(0.05) as scope:
+                await ride.__anext__()
+            assert scope.cancelled_caught
+        finally:
+            stub_cuda.hold(False)
+        with anyio.fail_after(PATIENCE), pytest.raises(StopAsyncIteration):
+            await ride.__anext__()
 
 
 @pytest.mark.anyio

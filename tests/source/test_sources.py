@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,31 @@ class TestAFile:
         assert (caught.value.errno, caught.value.offset, caught.value.transient) == (number, 42, passing)
         assert isinstance(caught.value.__cause__, OSError)
         source.close()
+
+    def test_where_it_cannot_be_looked_at_no_place_is_named(self, path: Path, native: bool) -> None:
+        source = open_source(path, native=native)
+        path.unlink()
+        path.symlink_to(path)
+        with pytest.raises(SourceReadError) as caught:
+            source.read_into_blocking(42, memoryview(bytearray(1)))
+        assert (caught.value.errno, caught.value.offset, caught.value.transient) == (errno.ELOOP, None, False)
+        source.close()
+
+    @pytest.mark.anyio
+    async def test_the_event_loop_does_not_close_it(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+    ) -> None:
+        source, threads = open_source(path, native=native), list[int]()
+        close = type(source).close
+
+        def closing(closed: Any) -> None:
+            threads.append(threading.get_ident())
+            close(closed)
+
+        monkeypatch.setattr(type(source), "close", closing)
+        await source.aclose()
+        assert len(threads) == 1
+        assert threads[0] != threading.get_ident()
 
     def test_closing_gives_the_descriptor_back_once(self, path: Path, native: bool) -> None:
         gc.collect()  # files in the tracebacks of tests before
