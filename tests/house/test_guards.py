@@ -78,7 +78,7 @@ def test_two():
 """
 
 
-@pytest.fixture(params=["gpu", "native"])
+@pytest.fixture(params=["gpu", "native", "uring"])
 def missing(request: pytest.FixtureRequest, inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> str:
     """Something that tests need and that is not there, and not required."""
     need: str = request.param
