@@ -250,7 +250,7 @@ class DeviceError(AsyncloadError):
 
     Where a load failed, ``tensor`` names the first tensor of the chunk that was on its way, and ``offset`` is the byte
     in the file at which that chunk begins. Where a layer could not be brought into its slot, ``layer`` is its number;
-    out of host memory, it has neither of the former.
+    out of host memory all of the layer is on its way, of which they name the first tensor.
     """
 
     def __init__(

@@ -498,11 +498,8 @@ async def test_a_copy_that_fails_reaches_the_ride_and_the_next_sweep_is_whole(
                         device.fail_upload(1, refused=refused)
             error = caught.value
             assert error.layer is not None
-            if host == "file":
-                assert error.layer == layers.header.tensors[error.tensor or ""].layer
-                assert error.offset
-            else:
-                assert (error.tensor, error.offset) == (None, None)
+            assert error.layer == layers.header.tensors[error.tensor or ""].layer
+            assert error.offset
             for _ in range(2):
                 assert await sweep(consumer) == (ORDER, layers_only(six_layers[1]))
         if isinstance(consumer, LayerRide):

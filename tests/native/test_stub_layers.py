@@ -107,6 +107,8 @@ async def test_what_the_driver_refuses_of_a_sweep_is_said_and_the_next_one_is_wh
                 assert type(caught.value) is (CopyError if function == "cuMemcpyHtoDAsync_v2" else DeviceError)
                 assert caught.value.code == "CUDA_ERROR_LAUNCH_FAILED"
                 assert caught.value.layer is not None
+                assert (caught.value.tensor or "").startswith(f"blk.{caught.value.layer}.")
+                assert caught.value.offset
             stub_cuda.fail(function, 0, nth=1 << 30)
             async for layer in ride:
                 consumer.use(layer)
