@@ -41,6 +41,12 @@ class FakeEvent:
             raise self.error
 
 
+def tensors_of(number: int) -> Any:
+    """Two of a layer's."""
+    infos = [SimpleNamespace(name=f"blk.{number}.{name}", offset=100 * number + 32) for name in ("first", "second")]
+    return SimpleNamespace(tensors=[SimpleNamespace(info=info) for info in infos])
+
+
 class Bench:
     """A scheduler over no device, whose feeds take ``feeding`` seconds a layer."""
 
@@ -48,7 +54,7 @@ class Bench:
         self.feeding = dict.fromkeys(range(LAYERS), 0.0)
         self.arrivals: dict[int, FakeEvent] = {}  # those that are to be told
         self.recording: Exception | None = None
-        layers: Any = [SimpleNamespace(number=number) for number in range(LAYERS)]
+        layers: Any = [SimpleNamespace(number=number, load=tensors_of(number)) for number in range(LAYERS)]
         no_memory: Any = SimpleNamespace(memory=None)
         spaces = [Slot(index, no_memory) for index in range(slots)]
         self.scheduler = Scheduler(layers, spaces, self._feed, self._record, at_once=2, stall_limit=LIMIT)
@@ -238,8 +244,10 @@ async def test_a_copy_that_fails_reaches_all_rides_at_their_next_step(failing: i
         arrival.passed.set()
         await anyio.wait_all_tasks_blocked()
         for ride in rides:
-            with pytest.raises(CopyError):
+            with pytest.raises(CopyError) as caught:
                 await bench.scheduler.step(ride)
+            said = caught.value.layer, caught.value.tensor, caught.value.offset
+            assert said == (failing, f"blk.{failing}.first", 100 * failing + 32)
         for _ in range(2):
             for number in WHOLE:
                 for ride in rides:
