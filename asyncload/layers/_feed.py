@@ -74,8 +74,11 @@ class SlabFeed:
                 begun.append(stream.record(timing=True))
             try:
                 self._copy(layer, slot.memory)
-            finally:
-                slot.busy = [stream.record(timing=True) for stream in self._streams]
+            except Exception:
+                with suppress(DeviceError):  # the first one counts
+                    slot.busy = [stream.record(timing=True) for stream in self._streams]
+                raise
+            slot.busy = [stream.record(timing=True) for stream in self._streams]
         arrived = slot.busy
         around = [*zip(begun, arrived, strict=True)]
         return Fed(arrived, lambda: [[each] for each in around], partial(self._settle, arrived))

@@ -127,7 +127,7 @@ class Scheduler:
         """Has the rides of a sweep raise the error of one of its uses at their next step."""
         if isinstance(error, DeviceError) and error.layer is None:
             error.layer = failed.layer.number
-            if error.tensor is None and (tensors := failed.layer.load.tensors):  # out of host memory: in one piece
+            if error.tensor is None and (tensors := failed.layer.load.tensors):  # of no chunk: all of it was to move
                 error.tensor, error.offset = tensors[0].info.name, tensors[0].info.offset
         failed.sweep.error = failed.sweep.error or error
         for use in failed.sweep.uses:

@@ -45,7 +45,7 @@ void Engine::submit(std::shared_ptr<Job> job, std::vector<Address> scratch, std:
         ended = closing_ ? stop(*job) : take_ended(*job);
         changed_.notify_all();
     }
-    settle_elsewhere(std::move(ended));
+    settle_elsewhere(ended);
 }
 
 bool Engine::admit(Job& job, std::uint32_t groups, std::size_t first, std::span<const Address> targets) {
@@ -66,11 +66,16 @@ void Engine::cancel(Job& job) {
         ended = stop(job);
         changed_.notify_all();  // what waits to read again
     }
-    settle_elsewhere(std::move(ended));
+    settle_elsewhere(ended);
 }
 
-void Engine::settle_elsewhere(std::shared_ptr<Job> ended) {
-    if (ended) calls_.call([ended = std::move(ended)] { ended->settle(); });
+void Engine::settle_elsewhere(const std::shared_ptr<Job>& ended) {
+    if (!ended) return;
+    try {
+        calls_.call([ended] { ended->settle(); });
+    } catch (const std::exception&) {  // no memory is left for it
+        ended->settle();
+    }
 }
 
 std::shared_ptr<Job> Engine::stop(Job& job) {

@@ -92,7 +92,7 @@ class Engine {
     std::shared_ptr<Job> stop(Job& job);
     std::shared_ptr<Job> take_ended(Job& job);
     // Settles one, if there is one, on a thread that may wait for files to be closed; the caller may not.
-    void settle_elsewhere(std::shared_ptr<Job> ended);
+    void settle_elsewhere(const std::shared_ptr<Job>& ended);
     // A chunk has ended: it arrived, or failed, or was given up.
     enum class End : std::uint8_t { arrived, failed, given_up };
     void report(const Task& task, End end, Failure failure = {});

@@ -86,7 +86,7 @@ void Job::fail(Failure failure) {
     if (!news_.failure) news_.failure = std::move(failure);
 }
 
-void Job::settle() {
+void Job::settle() noexcept {
     std::string reading = choice_->reason();
     {
         std::shared_ptr<ReaderChoice> choice;

@@ -92,7 +92,7 @@ class Job : public std::enable_shared_from_this<Job> {
     void arrived(const Chunk& chunk);
     void fail(Failure failure);
     // It has ended: lets the files go and tells, without any lock. Once, when nothing of it is under way.
-    void settle();
+    void settle() noexcept;
 
     // Until its end:
     std::vector<std::shared_ptr<const File>> files_;

@@ -67,7 +67,7 @@ void LayerFeed::enqueue(Feeding& feeding) {
     }
     spans_.note(Span::What::enqueue, 0, feeding.layer, begin);
     if (failure)
-        tell({feeding.number, false, failure, feeding.begun, feeding.arrived}, true);
+        tell({feeding.number, false, std::move(failure), feeding.begun, feeding.arrived}, true);
     else
         awaiting_slots_.push(std::move(feeding));
 }

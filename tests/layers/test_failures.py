@@ -14,7 +14,8 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from asyncload.device import HostDevice, Stream
-from asyncload.errors import ClosedError, CopyError, SourceReadError, StalledError
+from asyncload.device._host_stream import HostStream
+from asyncload.errors import ClosedError, CopyError, DeviceError, SourceReadError, StalledError
 from asyncload.layers import Fed, Layer, Slot
 from asyncload.loader import LayerRide, LayerStream, Loader, read_header
 from asyncload.memory import Purpose
@@ -157,6 +158,35 @@ async def test_a_copy_that_fails_on_its_way_reaches_all_rides_within_the_sweep(
                 ride.close()
             for _ in range(2):
                 assert await gpu.sweep(rides[0]) == content
+
+
+@in_python
+async def test_of_several_errors_the_first_one_counts(
+    six_layers: Six, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, small: Options
+) -> None:
+    upload, record, refused = HostStream.upload, HostStream.record, list[HostStream]()
+
+    def watched(stream: HostStream, *args: Any) -> None:
+        try:
+            upload(stream, *args)
+        except CopyError:
+            refused.append(stream)
+            raise
+
+    def record_nothing_more(stream: HostStream, **how: Any) -> Any:
+        if stream in refused:
+            refused.remove(stream)
+            raise DeviceError("host: no event", device="host")
+        return record(stream, **how)
+
+    monkeypatch.setattr(HostStream, "upload", watched)
+    monkeypatch.setattr(HostStream, "record", record_nothing_more)
+    async with Loader(gpu.device, options=small) as loader, open_stream(loader, six_layers[0], **packed) as layers:
+        ride = layers.join()
+        gpu.fail(2, refused=True)
+        with anyio.fail_after(PATIENCE), pytest.raises(CopyError):
+            await gpu.sweep(ride)
+        assert not refused
 
 
 @in_python

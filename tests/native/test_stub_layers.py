@@ -119,11 +119,12 @@ async def test_what_the_driver_refuses_of_a_sweep_is_said_and_the_next_one_is_wh
 async def test_what_fails_on_its_way_is_a_copy(tmp_path: Path, stub_cuda: StubCuda) -> None:
     """Or work that copies are among."""
     async with streamed(tmp_path, stub_cuda, "slabs") as (layers, _):
-        stub_cuda.fail("cuEventSynchronize", LAUNCH_FAILED)
+        stub_cuda.fail("cuEventSynchronize", LAUNCH_FAILED, lasting=True)  # who waits for a slot does not mind
         with anyio.fail_after(PATIENCE), pytest.raises(CopyError, match="cuEventSynchronize") as caught:
             async for layer in layers:
                 layer.skip()
         assert caught.value.code == "CUDA_ERROR_LAUNCH_FAILED"
+        stub_cuda.fail("cuEventSynchronize", 0, nth=1 << 30)
 
 
 @pytest.mark.anyio
