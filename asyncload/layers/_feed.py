@@ -76,12 +76,16 @@ class SlabFeed:
                 self._copy(layer, slot.memory)
             except Exception:
                 with suppress(DeviceError):  # the first one counts
-                    slot.busy = [stream.record(timing=True) for stream in self._streams]
+                    slot.busy = self._record()
                 raise
-            slot.busy = [stream.record(timing=True) for stream in self._streams]
+            slot.busy = self._record()
         arrived = slot.busy
         around = [*zip(begun, arrived, strict=True)]
         return Fed(arrived, lambda: [[each] for each in around], partial(self._settle, arrived))
+
+    def _record(self) -> list[Event]:
+        """Events behind what is enqueued by now, one for each stream."""
+        return [stream.record(timing=True) for stream in self._streams]
 
     def _copy(self, layer: LayerPlan, slot: DeviceMemory) -> None:
         slab = self._slabs[layer.number]

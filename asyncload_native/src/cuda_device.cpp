@@ -21,18 +21,6 @@ constexpr auto allocation_pause = 50us;
 
 constexpr unsigned threads_per_group = 256;  // as the kernels are bounded to: asyncload/quant/cuda
 
-// Calls the driver; what it throws is a copy's failure.
-template <typename Call>
-auto copying(Call call) {
-    try {
-        return call();
-    } catch (CudaError& error) {
-        error.set_of_copy();
-        throw;
-    }
-}
-
-// Behind copies, or copies and kernels: what failed of these is not told apart.
 class CudaEvent final : public Event {
   public:
     using Release = std::function<void(CUevent)>;
@@ -49,13 +37,13 @@ class CudaEvent final : public Event {
     bool done() override {
         const CUresult code = driver_->cuEventQuery.result(event_);
         if (code == CUDA_ERROR_NOT_READY) return false;
-        if (code != CUDA_SUCCESS) copying([&] { driver_->cuEventQuery.fail(code); });
+        if (code != CUDA_SUCCESS) driver_->cuEventQuery.fail(code);
         return true;
     }
 
     void synchronize() override {
         if (wait_ == Wait::interrupt) {
-            copying([this] { driver_->cuEventSynchronize(event_); });
+            driver_->cuEventSynchronize(event_);
             return;
         }
         poll_until([this] { return done(); });
@@ -95,7 +83,7 @@ class CudaStream final : public Stream {
     CudaStream& operator=(const CudaStream&) = delete;
 
     void upload(const Copy& copy) override {
-        copying([&] { driver_.cuMemcpyHtoDAsync(copy.target, copy.source, copy.nbytes, stream_); });
+        driver_.cuMemcpyHtoDAsync(copy.target, copy.source, copy.nbytes, stream_);
     }
 
     void upload_all(std::span<const Copy> copies) override {
@@ -109,10 +97,8 @@ class CudaStream final : public Stream {
         }
         CUmemcpyAttributes attributes{CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, {}, {}, 0};
         std::size_t first = 0, refused = 0;
-        copying([&] {
-            driver_.cuMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), copies.size(), &attributes, &first,
-                                       1, &refused, stream_);
-        });
+        driver_.cuMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), copies.size(), &attributes, &first, 1,
+                                   &refused, stream_);
     }
 
     void decode(const Decoding& decoding) override {

@@ -28,7 +28,6 @@ class DeviceError : public std::runtime_error {
     const std::string& name() const noexcept { return name_; }
     // Whether it was a copy, or work that copies are among.
     bool of_copy() const noexcept { return of_copy_; }
-    void set_of_copy() noexcept { of_copy_ = true; }
 
   private:
     std::string name_;

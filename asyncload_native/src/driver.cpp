@@ -14,8 +14,9 @@ void* load(const char* library) {
 
 }  // namespace
 
-CudaError::CudaError(const char* function, CUresult code, const char* name, const char* description)
-    : DeviceError(std::string(function) + ": " + name + " (" + std::to_string(code) + "): " + description, name),
+CudaError::CudaError(const char* function, CUresult code, const char* name, const char* description, bool of_copy)
+    : DeviceError(std::string(function) + ": " + name + " (" + std::to_string(code) + "): " + description, name,
+                  of_copy),
       function_(function),
       code_(code) {}
 
@@ -27,12 +28,13 @@ void* Driver::find(const char* symbol, Presence presence) const {
     throw DriverUnavailableError(reason ? reason : std::string("the driver has no ") + symbol);
 }
 
-void Driver::fail(const char* function, CUresult code) const {
+void Driver::fail(const char* function, CUresult code, Blame blame) const {
     const char* name = nullptr;
     const char* description = nullptr;
     cuGetErrorName.result(code, &name);
     cuGetErrorString.result(code, &description);
-    throw CudaError(function, code, name ? name : "an unknown error", description ? description : "no description");
+    throw CudaError(function, code, name ? name : "an unknown error", description ? description : "no description",
+                    blame == Blame::copy);
 }
 
 }  // namespace asyncload

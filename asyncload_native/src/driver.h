@@ -55,7 +55,7 @@ class DriverUnavailableError : public std::runtime_error {
 // A function of the driver failed.
 class CudaError : public DeviceError {
   public:
-    CudaError(const char* function, CUresult code, const char* name, const char* description);
+    CudaError(const char* function, CUresult code, const char* name, const char* description, bool of_copy);
 
     const char* function() const noexcept { return function_; }  // such as "cuMemAlloc_v2"
     CUresult code() const noexcept { return code_; }             // such as 2, of the name CUDA_ERROR_OUT_OF_MEMORY
@@ -70,12 +70,19 @@ class Driver;
 // Whether every driver that this works with has a function.
 enum class Presence : std::uint8_t { always, maybe };
 
+// What has failed where a function fails: a copy, or work that copies are among, of which the driver does not say what
+// it was; or something else.
+enum class Blame : std::uint8_t { other, copy };
+
 // One function of the driver: called, it throws CudaError where the driver does not return CUDA_SUCCESS.
 template <typename... Arguments>
 class DriverFunction {
   public:
     // Throws DriverUnavailableError where the driver has no such symbol and needs it. `symbol` has static storage.
-    DriverFunction(const Driver& driver, const char* symbol, Presence presence = Presence::always);
+    DriverFunction(const Driver& driver, const char* symbol, Presence presence = Presence::always,
+                   Blame blame = Blame::other);
+    DriverFunction(const Driver& driver, const char* symbol, Blame blame)
+        : DriverFunction(driver, symbol, Presence::always, blame) {}
     DriverFunction(const DriverFunction&) = delete;
     DriverFunction& operator=(const DriverFunction&) = delete;
 
@@ -93,6 +100,7 @@ class DriverFunction {
   private:
     const Driver& driver_;
     const char* symbol_;
+    const Blame blame_;
     CUresult (*address_)(Arguments...);
 };
 
@@ -110,7 +118,7 @@ class Driver : public std::enable_shared_from_this<Driver> {
 
     // The address of a function; nothing where the driver lacks one that it may lack.
     void* find(const char* symbol, Presence presence) const;
-    [[noreturn]] void fail(const char* function, CUresult code) const;
+    [[noreturn]] void fail(const char* function, CUresult code, Blame blame = Blame::other) const;
 
     // Where a symbol has a suffix, it is the function's present form, to which cuda.h maps the plain name.
 
@@ -143,18 +151,18 @@ class Driver : public std::enable_shared_from_this<Driver> {
     const DriverFunction<CUevent*, unsigned> cuEventCreate{*this, "cuEventCreate"};
     const DriverFunction<CUevent> cuEventDestroy{*this, "cuEventDestroy_v2"};
     const DriverFunction<CUevent, CUstream> cuEventRecord{*this, "cuEventRecord"};
-    const DriverFunction<CUevent> cuEventQuery{*this, "cuEventQuery"};
-    const DriverFunction<CUevent> cuEventSynchronize{*this, "cuEventSynchronize"};
+    const DriverFunction<CUevent> cuEventQuery{*this, "cuEventQuery", Blame::copy};
+    const DriverFunction<CUevent> cuEventSynchronize{*this, "cuEventSynchronize", Blame::copy};
     const DriverFunction<float*, CUevent, CUevent> cuEventElapsedTime{*this, "cuEventElapsedTime"};
 
-    const DriverFunction<CUdeviceptr, const void*, std::size_t, CUstream> cuMemcpyHtoDAsync{*this,
-                                                                                            "cuMemcpyHtoDAsync_v2"};
+    const DriverFunction<CUdeviceptr, const void*, std::size_t, CUstream> cuMemcpyHtoDAsync{
+        *this, "cuMemcpyHtoDAsync_v2", Blame::copy};
     // Targets, sources and sizes; how many; attributes, the copy from which on each holds, how many; where the number
     // of the copy that was refused goes; the stream. From CUDA 12.8 on, and since 13.0 not the one that cuda.h maps the
     // name to.
     const DriverFunction<CUdeviceptr*, CUdeviceptr*, std::size_t*, std::size_t, CUmemcpyAttributes*, std::size_t*,
                          std::size_t, std::size_t*, CUstream>
-        cuMemcpyBatchAsync{*this, "cuMemcpyBatchAsync", Presence::maybe};
+        cuMemcpyBatchAsync{*this, "cuMemcpyBatchAsync", Presence::maybe, Blame::copy};
     const DriverFunction<void*, CUdeviceptr, std::size_t, CUstream> cuMemcpyDtoHAsync{*this, "cuMemcpyDtoHAsync_v2"};
     const DriverFunction<CUdeviceptr, unsigned char, std::size_t, CUstream> cuMemsetD8Async{*this, "cuMemsetD8Async"};
     // Grid and block by x, y, z; bytes of shared memory; the stream; the arguments' addresses; nullptr.
@@ -164,9 +172,10 @@ class Driver : public std::enable_shared_from_this<Driver> {
 };
 
 template <typename... Arguments>
-DriverFunction<Arguments...>::DriverFunction(const Driver& driver, const char* symbol, Presence presence)
+DriverFunction<Arguments...>::DriverFunction(const Driver& driver, const char* symbol, Presence presence, Blame blame)
     : driver_(driver),
       symbol_(symbol),
+      blame_(blame),
       address_(reinterpret_cast<CUresult (*)(Arguments...)>(driver.find(symbol, presence))) {}
 
 template <typename... Arguments>
@@ -176,7 +185,7 @@ void DriverFunction<Arguments...>::operator()(Arguments... arguments) const {
 
 template <typename... Arguments>
 void DriverFunction<Arguments...>::fail(CUresult code) const {
-    driver_.fail(symbol_, code);
+    driver_.fail(symbol_, code, blame_);
 }
 
 }  // namespace asyncload
